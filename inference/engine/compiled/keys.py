@@ -36,3 +36,4 @@ class Accepted:
   """Names the program that samples the tokens of such a step."""
 
   shape: Verified
+  is_masked: bool = False  # whether some tokens are within grammars

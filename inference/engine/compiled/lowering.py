@@ -131,7 +131,7 @@ class Lowering:
     zeros_R = np.zeros((size,), np.int32)
     allowed = ()
     if isinstance(key, keys_lib.Masked):
-      allowed = (all_allowed(size, self.vocab_size),)
+      allowed = (all_allowed((size,), self.vocab_size),)
     return self.placement.lower(
       jitted.sample,
       self.state.slots,
@@ -147,9 +147,17 @@ class Lowering:
     layout = self.layouts.verified(shape)
     flat_I = np.zeros((layout.size,), np.int32)
     if isinstance(key, keys_lib.Accepted):
-      logits_XRV = self.placement.logits(shape.num_spans, shape.width)
+      sizes = shape.num_spans, shape.width
+      allowed = ()
+      if key.is_masked:
+        allowed = (all_allowed(sizes, self.vocab_size),)
       return self.placement.lower(
-        verification.accept, self.state.slots, logits_XRV, flat_I, layout=layout
+        verification.accept,
+        self.state.slots,
+        self.placement.logits(*sizes),
+        flat_I,
+        *allowed,
+        layout=layout,
       )
     if self.layouts.is_layered:
       inputs = inputs_lib.split(flat_I, layout)
@@ -161,6 +169,6 @@ class Lowering:
     )
 
 
-def all_allowed(size: int, vocab_size: int) -> np.ndarray:
-  """Returns the bits of tokens without grammars, uint32 [R, V / 32]."""
-  return np.full((size, -(-vocab_size // 32)), 2**32 - 1, np.uint32)
+def all_allowed(sizes: tuple[int, ...], vocab_size: int) -> np.ndarray:
+  """Returns the bits of tokens without grammars, uint32 [..., V / 32]."""
+  return np.full((*sizes, -(-vocab_size // 32)), 2**32 - 1, np.uint32)

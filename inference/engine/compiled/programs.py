@@ -51,6 +51,14 @@ class Pending(NamedTuple):
   size: int  # R
 
 
+class Drafted(NamedTuple):
+  """The results of a step that verifies drafts, before it samples."""
+
+  shape: keys_lib.Verified
+  logits_XRV: jax.Array
+  flat_I: np.ndarray  # the inputs of the step
+
+
 class Placement(lowering.Placement, Protocol):
   """The devices that programs run on, see `inference.engine.spread`."""
 
@@ -182,6 +190,7 @@ class Programs:
     """Returns the keys of the programs that shapes need within grammars."""
     sizes = [self._layouts.num_sampled(each, is_split=True) for each in shapes]
     keys: list[Any] = [keys_lib.Masked(size) for size in dict.fromkeys(sizes)]
+    keys += [keys_lib.Accepted(each, is_masked=True) for each in self.verified]
     return keys + [
       keys_lib.Forward(each) for each in shapes if self._layouts.is_whole(each)
     ]
@@ -245,10 +254,10 @@ class Programs:
     params: device_state.Params,
     state: device_state.State,
     flat_I: np.ndarray,
-  ) -> tuple[device_state.State, steps.Outputs]:
-    """Computes a step that verifies drafts. Donates `state`.
+  ) -> tuple[device_state.State, Drafted]:
+    """Computes a step that verifies drafts, up to the logits.
 
-    Arguments are those of `step`.
+    Donates the KV cache of `state`. Arguments are those of `step`.
     """
     inputs: Any = flat_I
     if self._is_layered:
@@ -256,14 +265,48 @@ class Programs:
     kv_cache, logits_XRV = self._compiled[shape](
       params, state.kv_cache, state.slots.last_B, inputs
     )
-    slots, outputs = self._compiled[keys_lib.Accepted(shape)](
-      state.slots, logits_XRV, flat_I
-    )
-    return device_state.State(kv_cache, slots), outputs
+    state = state._replace(kv_cache=kv_cache)
+    return state, Drafted(shape, logits_XRV, flat_I)
 
-  def all_allowed(self, size: int) -> np.ndarray:
-    """Returns the bits of a step without grammars, uint32 [R, V / 32]."""
-    return lowering.all_allowed(size, self._vocab_size)
+  def accept(
+    self,
+    state: device_state.State,
+    pending: Drafted,
+    allowed_XRW: np.ndarray | None = None,
+  ) -> tuple[device_state.State, steps.Outputs]:
+    """Samples while drafts are right. Donates the slots of `state`.
+
+    Args:
+      state: of the engine.
+      pending: of `verify`.
+      allowed_XRW: bits of the tokens that grammars allow; None: all.
+    """
+    key, allowed = keys_lib.Accepted(pending.shape), ()
+    if allowed_XRW is not None:
+      key = keys_lib.Accepted(pending.shape, is_masked=True)
+      allowed = (allowed_XRW,)
+    slots, outputs = self._compiled[key](
+      state.slots, pending.logits_XRV, pending.flat_I, *allowed
+    )
+    return state._replace(slots=slots), outputs
+
+  def inputs_of(self, pending: Drafted) -> steps.Inputs:
+    """Returns views of the inputs of a step that verifies drafts."""
+    return inputs_lib.split(
+      pending.flat_I, self._layouts.verified(pending.shape)
+    )
+
+  @property
+  def can_mask_drafts(self) -> bool:
+    """Whether drafts can be verified within grammars."""
+    return all(
+      keys_lib.Accepted(each, is_masked=True) in self._compiled
+      for each in self.verified
+    )
+
+  def all_allowed(self, *sizes: int) -> np.ndarray:
+    """Returns the bits of a step without grammars, uint32 [..., V / 32]."""
+    return lowering.all_allowed(sizes, self._vocab_size)
 
   def shape_for(
     self, num_decodes: int, num_chunks: int, *, is_split: bool = False

@@ -103,6 +103,7 @@ def accept(
   slots: device_state.Slots,
   logits_XRV: jax.Array,
   flat_I: jax.Array,
+  allowed_XRW: jax.Array | None = None,
   *,
   layout: inputs_lib.Layout,
 ) -> tuple[device_state.Slots, steps.Outputs]:
@@ -111,7 +112,10 @@ def accept(
   Args:
     slots: of the engine.
     logits_XRV: of `verify`.
-    flat_I: its inputs.
+    flat_I: its inputs. Spans may be shorter: behind the first position of -1,
+      nothing is sampled.
+    allowed_XRW: bits of the tokens that grammars allow after each token, if it
+      is right; None: all.
     layout: of the inputs.
 
   Returns:
@@ -138,6 +142,7 @@ def accept(
       jnp.where(is_open_X, inputs.slots_R, padding_slot),
       positions_X + 1,
       jnp.where(index == 0, inputs.forced_R, -1),
+      None if allowed_XRW is None else allowed_XRW[:, index],
     )
     made = steps.Outputs(
       jnp.where(is_open_X, sampled_X, steps.NOT_COMPUTED), found, None

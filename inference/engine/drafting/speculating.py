@@ -7,7 +7,8 @@ engine does, while no sequence has a draft, and where `speculation.choice`
 expects them to be quicker. Steps with prompt chunks verify nothing: their
 programs are large, and more shapes of them would be many.
 
-Steps with a sequence that a grammar constrains verify nothing either.
+A sequence that a grammar constrains has drafts, too: the tokens that may follow
+each of them are found while the device verifies it (`engine.flight`).
 """
 
 from collections.abc import Hashable

@@ -269,7 +269,10 @@ class Answer:
       },
       'output_tokens': num_made,
       'output_tokens_details': {
-        'reasoning_tokens': len(self._reasoning_tokens)
+        'reasoning_tokens': len(self._reasoning_tokens),
+        # Of drafts, under the names that usage of chats has.
+        'accepted_prediction_tokens': completion.usage.accepted_tokens,
+        'rejected_prediction_tokens': completion.usage.rejected_tokens,
       },
       'total_tokens': num_prompt + num_made,
       **extra,

@@ -78,6 +78,8 @@ class OutputDetails(_Shape):
   """Tokens of a kind."""
 
   reasoning_tokens: int
+  accepted_prediction_tokens: int  # tokens of drafts that the response has
+  rejected_prediction_tokens: int  # other tokens of drafts; not billed
 
 
 class ResponseUsage(_Shape):

@@ -13,7 +13,11 @@ _USAGE = {
   'input_tokens': 3,
   'input_tokens_details': {'cached_tokens': 0, 'cache_write_tokens': 0},
   'output_tokens': 2,
-  'output_tokens_details': {'reasoning_tokens': 0},
+  'output_tokens_details': {
+    'reasoning_tokens': 0,
+    'accepted_prediction_tokens': 1,
+    'rejected_prediction_tokens': 2,
+  },
   'total_tokens': 5,
 }
 _LOGPROB = {'token': 'a', 'bytes': [97], 'logprob': -1.0, 'top_logprobs': []}
