@@ -6,7 +6,9 @@ A model of random weights draws random letters, so an answer can be valid only
 because of its grammar. `jsonschema`, which shares no code with the grammars,
 checks each answer. Masks are timed again afterwards, one by one, with the
 sampled tokens. Then the time per step of a batch with half constrained and half
-free answers is compared with the same batch without constraints.
+free answers is compared with the same batch without constraints. A dispatch has
+one step in the one and many in the other, so a tiny model is bound by the host:
+--layers and --width make a model whose steps take longer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,17 +32,25 @@ _SEQUENCES, _TOKENS = 32, 600  # answers at once; the most tokens of an answer
 _FREE_TOKENS = 100
 
 
-def engine_of(num_sequences: int = _SEQUENCES) -> engine_lib.Engine:
-  """Returns an engine with a tiny model of random weights, and of bytes."""
+def engine_of(
+  num_sequences: int = _SEQUENCES, *, layers: int = 1, width: int = 32
+) -> engine_lib.Engine:
+  """Returns an engine with a model of random weights, and of bytes.
+
+  Args:
+    num_sequences: that run at once.
+    layers: of the model.
+    width: of the model, a multiple of 32.
+  """
   tokenizer = tokenizer_lib.ByteTokenizer()
   model = model_config.ModelConfig(
     vocab_size=tokenizer.vocab_size,
-    num_layers=1,
-    model_width=32,
-    num_heads=1,
-    num_kv_heads=1,
+    num_layers=layers,
+    model_width=width,
+    num_heads=width // 32,
+    num_kv_heads=width // 32,
     head_width=32,
-    mlp_width=32,
+    mlp_width=width if width == 32 else 4 * width,
     max_length=_TOKENS + 16,
   )
   return engine_lib.Engine(
@@ -157,9 +167,9 @@ def sampled(samples: int) -> dict[str, Any]:
   }
 
 
-def beside(rounds: int) -> dict[str, Any]:
+def beside(rounds: int, layers: int = 1, width: int = 32) -> dict[str, Any]:
   """Returns the ms per step of a batch, half of it constrained, and free."""
-  engine = engine_of()
+  engine = engine_of(layers=layers, width=width)
   ways = (True, False)
   for is_constrained in ways:
     mixed_ms(engine, is_constrained=is_constrained)  # compiles
@@ -196,7 +206,7 @@ def report(result: dict[str, Any]) -> str:
 def measure(args: Any) -> Iterator[entry.Result]:
   """Yields the figures of answers, then the figures of a batch."""
   yield sampled(args.samples)
-  yield beside(args.rounds)
+  yield beside(args.rounds, args.layers, args.width)
 
 
 def main(argv: list[str]) -> None:
@@ -207,5 +217,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   entry.define_flags(rounds=3)
+  flags.DEFINE_integer('layers', 1, 'Layers of the model of the batch.', 1)
+  flags.DEFINE_integer('width', 32, 'Its width, a multiple of 32.', 32)
   flags.DEFINE_integer('samples', 1000, 'Answers that are drawn.', 1)
   app.run(main)

@@ -91,6 +91,17 @@ def test_drafts_in_grammars_change_no_token(alone, sees_ahead, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_draft_model_in_grammars_changes_no_token(alone):
+  """It samples without masks, so some of its drafts leave the grammar."""
+  layout = {name: _LAYOUT[name] for name in _LAYOUT if name != 'speculation'}
+  engine = constrained._engine(**layout, noise=0.02)
+  _check(alone, reference_engine.serve(engine, _wanted()))
+  for kind in ('accepted', 'rejected'):
+    value = engine.metrics.value('speculation_tokens_total', kind=kind)
+    assert value > 10, kind
+
+
+@pytest.mark.slow
 def test_a_draft_that_leaves_its_grammar_is_rejected(alone):
   """All guesses are of other texts; the answers keep their schema."""
   engine = _engine(alone, wrong=1.0, is_longest=True)
