@@ -21,6 +21,7 @@ import jsonschema
 import numpy as np
 
 from benchmarks.common import entry, json_schemas, random_model
+from checks import expect
 from inference.constraints import constraint as constraint_lib, grammars
 from inference.engine import engine as engine_lib, engine_config
 from inference.requests import requests
@@ -40,8 +41,12 @@ def engine_of(
   Args:
     num_sequences: that run at once.
     layers: of the model.
-    width: of the model, a multiple of 32.
+    width: of the model.
+
+  Raises:
+    ValueError: the width is no multiple of 32.
   """
+  expect.multiple_of('--width', width, '', 32)
   tokenizer = tokenizer_lib.ByteTokenizer()
   model = model_config.ModelConfig(
     vocab_size=tokenizer.vocab_size,

@@ -347,11 +347,12 @@ class Engine:
     # Before sequences enter: they have held no pages until now.
     self._answers.charge_memory(start)
     updates: list[requests_lib.Update] = []
-    waited, landed = 0.0, self._flight
+    waited, landed = -self._speculator.waited, self._flight
     may_draft = self._may_draft
     if landed and self._speculator.wants_tokens(landed.step, may_draft):
       self._flight = None
-      updates, waited = self._land(landed)
+      updates, seconds = self._land(landed)
+      waited += seconds
     plan = self.manager.plan()
     flight = None
     if plan.preempted or not plan.is_empty:
@@ -363,12 +364,13 @@ class Engine:
         ' report this as a bug'
       )
     if landed is not None:
-      updates, waited = self._land(landed)
+      updates, seconds = self._land(landed)
+      waited += seconds
     if flight is not None and flight.pending is not None:
       self._state, self._flight = flight_lib.sampled(
         flight, self._programs, self._state, self._live, self.metrics
       )
-    now = time.perf_counter()
+    now, waited = time.perf_counter(), waited + self._speculator.waited
     self.metrics.step_seconds.inc(now - start)
     self.metrics.host_seconds.inc(now - start - waited)
     self.metrics.compilations.inc(compilations.on_this_thread() - compiled)

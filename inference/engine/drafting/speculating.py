@@ -64,8 +64,9 @@ class Speculator:
     # Waits for tokens that no draft followed, and chances to wait that are
     # passed over after them.
     self._num_vain, self._num_passed, self._has_waited = 0, 0, False
-    # When the drafts of the latest step were begun.
-    self._began = 0.0
+    # When the drafts of the latest step were begun; the seconds of all drafts
+    # that the host has waited for.
+    self._began, self.waited = 0.0, 0.0
     self.source = source
     if config.speculation == 'ngram':
       self.source = source_lib.OfHost(ngrams.Ngrams())
@@ -134,7 +135,9 @@ class Speculator:
     """
     assert self.source
     self._began = time.perf_counter()
-    return self.source.filled(step, slots)
+    step = self.source.filled(step, slots)
+    self.waited += time.perf_counter() - self._began
+    return step
 
   def _most_tokens(self) -> int:
     """Returns the tokens of the longest draft; 0: nothing can verify any."""
