@@ -5,14 +5,17 @@
 `--sequences` requests of `--tokens` new tokens each are answered by an engine
 in this process, and by serve.py over streams on loopback; both take turns. The
 result is the time of a round over HTTP divided by the time of the bare engine,
-a median over rounds. Server, clients and engine share the cores of this
-machine: on a machine with few cores, the clients' time is part of the result.
+a median over rounds. With --replicas=N a second server, whose engines are in
+processes of their own, takes turns with both; its ratio is printed beside.
+Server, clients and engine share the cores of this machine: on a machine with
+few cores, the clients' time is part of the result.
 
 A column counts the events of a stream per token: a stream gets the tokens of a
 dispatch together (`--engine.stream_seconds`).
 """
 
 import asyncio
+import contextlib
 import json
 import time
 from typing import Any
@@ -146,21 +149,31 @@ def measure(args: Any):
     f'--name={_NAME}',
     *(f'--engine.{name}={value}' for name, value in fields.items()),
   )
-  with server_process.running(*serve_args) as (port, _):
-    http = Http(port, *asked)
-    for turn in (bare, http):
+  with contextlib.ExitStack() as stack:
+    sides: dict[str, Any] = {'bare': bare}
+    for name, replicas in (('http', 0), ('replicas', args.replicas)):
+      if name == 'http' or replicas:
+        port, _ = stack.enter_context(
+          server_process.running(*serve_args, replicas=replicas)
+        )
+        sides[name] = Http(port, *asked)
+    for turn in sides.values():
       turn()  # fills caches
-    turns = timing.interleave({'bare': bare, 'http': http}, args.rounds)
+    turns = timing.interleave(sides, args.rounds)
   num_tokens = args.sequences * args.tokens
   yield {
     'sequences': args.sequences,
     'tokens': args.tokens,
     'ratio': timing.median_ratio(turns['http'], turns['bare']),
+    'ratio_of_replicas': timing.median_ratio(turns['replicas'], turns['bare'])
+    if args.replicas
+    else None,
+    'replicas': args.replicas,
     'tokens_per_s': {
       name: num_tokens / sorted(found)[len(found) // 2]
       for name, found in turns.items()
     },
-    'events_per_token': http.events_per_token,
+    'events_per_token': sides['http'].events_per_token,
     'goal': GOAL,
   }
 
@@ -169,12 +182,18 @@ def report(result: entry.Result) -> str:
   """Returns the figures as text."""
   verdict = 'met' if result['ratio'] <= result['goal'] else 'MISSED'
   speed = result['tokens_per_s']
+  beside = ''
+  if result['replicas']:
+    beside = (
+      f'\nwith --replicas={result["replicas"]}:'
+      f' {result["ratio_of_replicas"]:.2f}, {speed["replicas"]:,.0f} tokens/s'
+    )
   return (
     f'{result["sequences"]} streams of {result["tokens"]} tokens:'
     f' bare {speed["bare"]:,.0f} tokens/s, HTTP {speed["http"]:,.0f} tokens/s,'
     f' {result["events_per_token"]:.2f} events per token\n'
     f'time over HTTP / bare: {result["ratio"]:.2f}'
-    f' (goal {result["goal"]}: {verdict})'
+    f' (goal {result["goal"]}: {verdict}){beside}'
   )
 
 
@@ -188,5 +207,8 @@ if __name__ == '__main__':
   entry.define_flags(rounds=5)
   path_flags.DEFINE_path('model', None, 'Frozen directory.', required=True)
   flags.DEFINE_integer('sequences', 32, 'Requests at the same time.', 1)
+  flags.DEFINE_integer(
+    'replicas', 0, 'Of a second server, with engines in processes.', 0
+  )
   flags.DEFINE_integer('tokens', 128, 'New tokens of each.', 1)
   app.run(main)

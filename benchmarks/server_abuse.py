@@ -318,9 +318,12 @@ def _control():
 
 
 def _memory_mib(pid: int) -> float:
-  status = pathlib.Path(f'/proc/{pid}/status').read_text(encoding='utf-8')
-  (found,) = re.findall(r'VmRSS:\s+(\d+) kB', status)
-  return int(found) / 1024
+  """Returns the memory of a server and of its replicas."""
+  found = 0
+  for each in (pid, *server_process.children(pid)):
+    status = pathlib.Path(f'/proc/{each}/status').read_text(encoding='utf-8')
+    found += sum(map(int, re.findall(r'VmRSS:\s+(\d+) kB', status)))
+  return found / 1024
 
 
 async def abuse(
@@ -467,6 +470,7 @@ def measure(args: Any):
       f'--model={args.model}',
       f'--name={_NAME}',
       f'--records={directory}/records.db',
+      replicas=args.replicas,
     ) as (port, pid),
   ):
     target = Target('127.0.0.1', port)
@@ -487,6 +491,9 @@ def main(argv: list[str]) -> None:
 if __name__ == '__main__':
   path_flags.DEFINE_path('model', None, 'Frozen directory.', required=True)
   flags.DEFINE_integer('clients', 256, 'Clients that stream.', 1)
+  flags.DEFINE_integer(
+    'replicas', 0, 'Processes with an engine; 0: it is in the server.', 0
+  )
   flags.DEFINE_float('seconds', 60, 'Seconds of abuse.', 4)
   path_flags.DEFINE_path('out', '', 'A file that gets the result as JSON.')
   app.run(main)

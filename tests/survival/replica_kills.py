@@ -23,6 +23,7 @@ from absl import app, flags, logging
 import httpx2
 from prometheus_client import parser
 
+from benchmarks.common import server_process
 from tests.survival import server_kills
 
 _NUM_REPLICAS = 2
@@ -39,20 +40,6 @@ def _num_ready(arena: server_kills.Arena) -> int:
     for sample in family.samples
     if sample.name == 'replica_ready'
   )
-
-
-def children(pid: int) -> list[int]:
-  """Returns the processes that a process has started."""
-  found = []
-  for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
-    try:
-      # The name, in brackets, may have spaces.
-      parent = int(path.read_text().rpartition(')')[2].split()[1])
-    except OSError:
-      continue  # it has ended
-    if parent == pid:
-      found.append(int(path.parent.name))
-  return found
 
 
 def _wait_until_ready(arena: server_kills.Arena) -> None:
@@ -73,12 +60,12 @@ def run(directory: pathlib.Path, count: int, *, seed: int = 0, tell=print):
     clients = server_kills.Clients(arena, told, rng)
     for number in range(count):
       time.sleep(rng.uniform(0.05, 3.0))
-      os.kill(rng.choice(children(running.pid)), signal.SIGKILL)
+      os.kill(rng.choice(server_process.children(running.pid)), signal.SIGKILL)
       time.sleep(0.5)
       _wait_until_ready(arena)
       tell(f'{number}: {len(told.answered)} answered, {len(told.broken)} broke')
     clients.stop()
-    replicas = children(running.pid)
+    replicas = server_process.children(running.pid)
     running.send_signal(signal.SIGTERM)
     running.wait(60)
   finally:
