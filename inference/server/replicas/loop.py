@@ -142,6 +142,8 @@ class ReplicaLoop:
 
     The first replica compiles the programs; the others find them on disk.
     """
+    if self._is_closed:
+      return
     self._places[replica.index] = place_lib.Place(replica)
     self._metrics.ready.labels(str(replica.index)).set(0)
     self._load_next()
@@ -250,7 +252,8 @@ class ReplicaLoop:
       updates.end(error=error)
       raise error
     first = requests[0]
-    scope = first.principal, first.adapter
+    is_shared = self.load.config.share_prefixes
+    scope = '' if is_shared else first.principal, first.adapter
     found = submission_lib.Submission(
       submission_lib.seeded(requests),
       updates,
