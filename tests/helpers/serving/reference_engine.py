@@ -39,6 +39,15 @@ _MODELS = {
   'gpt2': tiny_models.gpt2_like,
   'mixture': tiny_models.mixture,
   'odd_heads': tiny_models.odd_heads,
+  'latent': functools.partial(
+    tiny_models.llama_like,
+    num_kv_heads=4,
+    head_width=10,
+    latent_width=8,
+    query_latent_width=12,
+    rotary_width=4,
+    value_width=6,
+  ),
 }
 # Weak: `tests/conftest.py` empties the cache of `engine` to free programs.
 _ENGINES: weakref.WeakSet[engine_lib.Engine] = weakref.WeakSet()

@@ -92,6 +92,32 @@ def test_bits_do_not_depend_on_the_number_of_devices(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('kind', 'kv_dtype', 'least', 'most'),
+  [
+    # Bounds of one device, see test_engine_matrix.py.
+    ('odd_heads', 'int8', 1e-4, 0.15),
+    ('odd_heads', 'fp8', 1e-3, 0.8),
+    ('latent', 'model', 0.0, 1e-5),
+  ],
+)
+def test_caches_over_devices_are_within_the_bounds_of_one(
+  kind, kv_dtype, least, most
+):
+  engine = reference_engine.engine(kind, **_LAYOUT, tensor=2, kv_dtype=kv_dtype)
+  reference = reference_engine.Reference(kind)
+  found = _answers(engine, _REQUESTS)
+  # A first token follows all pages of its prompt.
+  errors = [
+    abs(logprobs[0].chosen - reference.answer(request).logprobs[0].chosen)
+    for request, ((ids, logprobs, _), *_) in zip(_REQUESTS, found, strict=True)
+    if ids[0] == reference.answer(request).token_ids[0]
+  ]
+  assert len(errors) >= 4
+  assert least <= max(errors) < most
+
+
 def test_drafts_and_grammars_over_devices():
   engine = reference_engine.engine(
     'odd_heads', **_LAYOUT, tensor=2, speculation='ngram'
