@@ -193,6 +193,11 @@ class _Run:
       if port.has_work and not port.has_places(asked):
         self._held = found
         return False
+      if self.search.place(key) is not None:
+        raise ValueError(
+          'search: got a request to another model, expected those to the model'
+          ' of the engine alone; take scorers.Rewarded'
+        )
       request_id = port.submit(request)
       self.keys[key], self.ids[request_id] = request_id, key
       self._num_left[key] = request.settings.n

@@ -58,6 +58,11 @@ class Spec:
     return self.n if is_parallel else 1
 
   @property
+  def is_scored(self) -> bool:
+    """Whether a scorer matters to it."""
+    return self.name not in ('once', 'wait')
+
+  @property
   def is_in_parts(self) -> bool:
     """Whether an answer is sampled in several parts."""
     return self.name in ('beam', 'dvts', 'revision', 'wait')
@@ -120,6 +125,17 @@ class Options:
     'Frozen directory of a reward model, which scores the samples of'
     ' --strategy.',
   )
+  scorer: str | None = flag_field.field(
+    None,
+    'Scorer of the samples of --strategy: likelihood, self (the model is asked'
+    ' whether its answer is right), or a verifier with --record: number, exact,'
+    ' choice, pattern, json_schema, unit_tests (in a sandbox). It weighs the'
+    ' votes of self_consistency.',
+  )
+  record: str | None = flag_field.field(
+    None,
+    'Fields that a verifier of --scorer reads, as JSON: {"answer": "42"}.',
+  )
   effort_predictor: str | None = flag_field.field(
     None,
     'File of python -m training.effort, of the model that answers: it chooses'
@@ -158,8 +174,8 @@ def made(
   Args:
     spec: of the user.
     tokenizer: of the model.
-    scorer: of best_of_n, beam, dvts, and, if there is one, of revision; None:
-      the mean log-probability.
+    scorer: of best_of_n, beam, dvts, and, if there is one, of revision and the
+      weights of votes; None: the mean log-probability.
     markers: of reasoning, if the model has them.
     is_open: whether the prompt ends inside of reasoning.
     most_reasoning: tokens, which `wait` needs.
@@ -183,7 +199,7 @@ def made(
     case 'best_of_n':
       return sampling.BestOfN(n=spec.n, scorer=score)
     case 'self_consistency':
-      return voting.SelfConsistency(n=spec.n)
+      return voting.SelfConsistency(n=spec.n, scorer=scorer)
     case 'beam' | 'dvts':
       return trees.BeamSearch(
         beams=spec.n // _WIDTH,

@@ -2,68 +2,33 @@
 
 from collections.abc import Sequence
 import dataclasses
+import json
 import pathlib
+from typing import Any
 
+from checks import expect
+from evals.verifiers import kinds
 from frozen import effort_predictor, manifest as manifest_lib
-from inference import chat_prompts, generate, model_port, rewards
-from inference.constraints import thinking
+from inference import generate, model_port, rewards
 from inference.requests import requests as requests_lib
 from inference.sampling import settings as settings_lib
 from inference.search import (
   budget as budget_lib,
   drive,
+  judging,
   options as options_lib,
   reading,
   receipt as receipt_lib,
   samples as samples_lib,
   scorers,
   search as search_lib,
+  thought as thought_lib,
 )
 from inference.search.routing import (
   efforts as efforts_lib,
   router as router_lib,
 )
 from models import model_config
-from text.replies import detection, parser
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Thought:
-  """The reasoning of a model, and how a prompt begins it."""
-
-  style: parser.Style
-  is_open: bool  # the prompt ends inside of it
-
-  def cap(self, most_tokens: int) -> thinking.Cap:
-    """Returns the cap of so many tokens.
-
-    Raises:
-      ValueError: the model marks no reasoning, or the number is negative.
-    """
-    if self.style.reasoning is None:
-      raise ValueError(
-        f'reasoning budget: got {most_tokens}, expected none: the chat template'
-        ' of this model marks no reasoning'
-      )
-    opening, closing = self.style.reasoning
-    return thinking.Cap(
-      most_tokens=most_tokens,
-      opening=opening,
-      closing=closing,
-      is_open=self.is_open,
-    )
-
-
-def thought(generator: generate.Generator, ids: Sequence[int]) -> Thought:
-  """Returns how a prompt of a model begins its reasoning."""
-  style = chat_prompts.style_of(generator, detection.AUTO).replies
-  if style.reasoning is None:
-    return Thought(style=style, is_open=False)
-  opening, _ = style.reasoning
-  special = generator.tokenizer.special_tokens.get(opening)
-  end = generator.tokenizer.decode(list(ids[-len(opening) - 2 :])).rstrip()
-  is_open = ids[-1] == special or end.endswith(opening)
-  return Thought(style=style, is_open=is_open)
 
 
 def check(
@@ -104,13 +69,58 @@ def check(
     specs = [efforts_lib.parsed(name).spec for name in predictor.efforts]
   else:
     specs = [options_lib.parsed(options.strategy or 'once')]
-  scored = 'best_of_n', 'beam', 'dvts', 'revision'
-  if options.reward_model and not any(each.name in scored for each in specs):
+  _check_scorer(options, specs)
+  return specs
+
+
+def _check_scorer(
+  options: options_lib.Options, specs: Sequence[options_lib.Spec]
+) -> None:
+  """Refuses a scorer that would be ignored, and a record alike."""
+  given = [
+    f'--{name}'
+    for name in ('reward_model', 'scorer')
+    if getattr(options, name) is not None
+  ]
+  if len(given) > 1:
+    raise ValueError(f'{given[1]}: got it and {given[0]}, expected one of them')
+  if given and not any(each.is_scored for each in specs):
     raise ValueError(
-      f'--reward_model: got one with the strategy {options.strategy}, which'
+      f'{given[0]}: got one with the strategy {options.strategy}, which'
       ' scores nothing; leave it out'
     )
-  return specs
+  if options.scorer is not None:
+    expect.one_of('--scorer', options.scorer, (*scorers.OF_MODEL, *kinds.KINDS))
+    _check_votes(options.scorer, specs)
+  is_verifier = options.scorer in kinds.KINDS
+  if is_verifier != (options.record is not None):
+    raise ValueError(
+      f'--record: got {options.record} with --scorer={options.scorer}, expected'
+      ' a record with a verifier, and none without'
+    )
+  if is_verifier:
+    kinds.named(options.scorer or '').check(_record(options))
+
+
+def _check_votes(scorer: str, specs: Sequence[options_lib.Spec]) -> None:
+  is_vote = any(each.name == 'self_consistency' for each in specs)
+  if is_vote and scorer == scorers.LIKELIHOOD:
+    raise ValueError(
+      '--scorer: got likelihood with self_consistency, expected weights from 0'
+      ' to 1: self, or a verifier'
+    )
+
+
+def _record(options: options_lib.Options) -> dict[str, Any]:
+  try:
+    found = json.loads(options.record or '{}')
+  except ValueError as error:
+    raise ValueError(
+      f'--record: got {options.record}, expected JSON ({error})'
+    ) from None
+  if not isinstance(found, dict):
+    raise ValueError(f'--record: got {options.record}, expected an object')
+  return found
 
 
 def search(
@@ -139,9 +149,9 @@ def search(
   spec.check_whole(
     has_constraint=settings.constraint is not None, has_cap=most is not None
   )
-  begun = thought(generator, ids)
+  begun = thought_lib.begun(generator, ids)
   cap = None if most is None else begun.cap(most)
-  scorer = _rewarded(options.reward_model) if options.reward_model else None
+  scorer = _scorer(generator, options, spec)
   strategy = options_lib.made(
     spec,
     tokenizer=generator.tokenizer,
@@ -158,7 +168,10 @@ def search(
     thinking=None if spec.name == 'wait' else cap,
   )
   question = samples_lib.Question(
-    request=request, prompt=text, before=(chosen.prefill,) if chosen else ()
+    request=request,
+    prompt=text,
+    record=_record(options),
+    before=(chosen.prefill,) if chosen else (),
   )
   (found,) = drive.run(
     generator.engine,
@@ -192,11 +205,25 @@ def _chosen(
   return router.decide(prefill, most=left)
 
 
-def _rewarded(directory: str) -> scorers.Rewarded:
-  manifest = manifest_lib.read(pathlib.Path(directory))
-  config = model_config.ModelConfig.from_dict(manifest.model)
-  score = rewards.open_scorer(directory)
-  return scorers.Rewarded(score, budget_lib.Costs(config))
+def _scorer(
+  generator: generate.Generator,
+  options: options_lib.Options,
+  spec: options_lib.Spec,
+) -> samples_lib.Scorer | None:
+  """Returns the scorer of the flags; None: the default of the strategy."""
+  is_vote = spec.name == 'self_consistency'
+  if directory := options.reward_model:
+    manifest = manifest_lib.read(pathlib.Path(directory))
+    config = model_config.ModelConfig.from_dict(manifest.model)
+    score = rewards.open_scorer(directory)
+    link = judging.sigmoid if is_vote else float
+    return scorers.Rewarded(score, budget_lib.Costs(config), link)
+  if options.scorer == scorers.SELF:
+    costs = budget_lib.of_engine(generator.engine, generator.adapter_digest)
+    return judging.self_verified(generator, costs=costs)
+  if options.scorer in kinds.KINDS:
+    return scorers.Verified(kinds.named(options.scorer))
+  return None
 
 
 def told(found: search_lib.Outcome) -> str:

@@ -52,7 +52,7 @@ def made(
   chosen: samples_lib.Sample | None,
   completions: Sequence[requests_lib.Completion],
   *,
-  before: Sequence[requests_lib.Completion] = (),
+  unsampled: Sequence[requests_lib.Completion] = (),
   num_prompt: int,
   total: budget_lib.Cost,
   scores: budget_lib.Cost,
@@ -65,7 +65,7 @@ def made(
   Args:
     chosen: its answer, None if there is none.
     completions: all parts, also cancelled ones.
-    before: made for the question before, in which nothing was sampled.
+    unsampled: of requests in which nothing was sampled, as of scores.
     num_prompt: tokens of the question.
     total: what parts and scores have cost.
     scores: what all scores have cost.
@@ -75,7 +75,7 @@ def made(
   """
   num_kept = chosen.num_sampled if chosen else 0
   num_reasoning = chosen.num_reasoning if chosen else 0
-  used = [each.usage for each in (*before, *completions)]
+  used = [each.usage for each in (*unsampled, *completions)]
   num_answer = num_kept - num_reasoning
   single = costs.most(num_prompt, max(num_answer, 1))
   return Receipt(

@@ -100,7 +100,7 @@ class Sample:
 
 
 class Scorer(Protocol):
-  """Says how good a sample is: a verifier, a reward model, or the model.
+  """Says how good a sample is: a `Rule`, or `Requested` of a model.
 
   It takes no random decisions. The budget of a search pays for it.
   """
@@ -110,17 +110,71 @@ class Scorer(Protocol):
     """Whether it reads the log-probabilities of samples."""
     ...
 
-  def __call__(self, question: Question, sample: Sample) -> float:
-    """Returns a finite number; larger is better."""
-    ...
-
   def cost(self, num_tokens: int) -> budget_lib.Cost:
     """Returns the most that it costs to read a prompt with its answer."""
+    ...
+
+
+class Rule(Scorer, Protocol):
+  """A scorer that is called, such as a verifier."""
+
+  def __call__(self, question: Question, sample: Sample) -> float:
+    """Returns a finite number; larger is better."""
     ...
 
   def num_read(self, num_tokens: int) -> int:
     """Returns how many tokens a model reads for that; 0 for a rule."""
     ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Requested:
+  """A scorer whose scores are requests of the search, to a model.
+
+  Nothing is sampled in them: the one token of a completion is given.
+  """
+
+  request: Callable[[Question, Sample], requests_lib.Request]
+  read: Callable[[requests_lib.Completion], float]  # the score
+  costs: budget_lib.Costs  # of the model that computes it
+  # Most ids of a request, beside those of the prompt and the sample.
+  num_more: int
+  place: Any = None  # the model; None: the one that answers
+  needs_logprobs: bool = False
+
+  def cost(self, num_tokens: int) -> budget_lib.Cost:
+    """Returns the most that it costs to read a prompt with its answer."""
+    num = num_tokens + self.num_more
+    return budget_lib.Cost(
+      flops=self.costs.flops(0, num, 1),
+      money=self.costs.prices.most_money(prompt=num, completion=0),
+    )
+
+  def paid(self, usage: requests_lib.Usage) -> budget_lib.Cost:
+    """Returns what a request has cost."""
+    return budget_lib.Cost(
+      flops=usage.flops,
+      money=self.costs.prices.money(
+        prompt=usage.prompt_tokens, cached=usage.cached_tokens, completion=0
+      ),
+    )
+
+  def checked(
+    self, request: requests_lib.Request, num_tokens: int
+  ) -> requests_lib.Request:
+    """Returns a request that cannot cost more than is reserved.
+
+    Raises:
+      ValueError: it has more tokens than were reserved.
+    """
+    most = num_tokens + self.num_more
+    if len(request.prompt_ids) > most:
+      raise ValueError(
+        f'scorer: got {len(request.prompt_ids)} tokens to read, expected at'
+        f' most {most}; take a reward model with the tokenizer of the model'
+      )
+    # A preemption computes tokens again, for which nothing is reserved.
+    return dataclasses.replace(request, most_flops=self.cost(num_tokens).flops)
 
 
 # What a sample votes for; None: nothing.

@@ -6,9 +6,10 @@ Sample i has the seed of sample i of one request for several. So samples do not
 depend on how the budget let them start, together or one by one.
 """
 
-from collections.abc import Mapping, Sequence
+import collections
+from collections.abc import Mapping
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -16,11 +17,12 @@ from inference.requests import prices as prices_lib, requests as requests_lib
 from inference.sampling import settings as settings_lib
 from inference.search import (
   budget as budget_lib,
+  joining,
   receipt as receipt_lib,
   samples as samples_lib,
   strategy as strategy_lib,
 )
-from text import detokenize, tokenizer as tokenizer_lib
+from text import tokenizer as tokenizer_lib
 
 # Why a search ended: the strategy had all that it asked for; it knew the
 # answer before; the budget, its seconds or the context were spent.
@@ -143,6 +145,10 @@ class Search:
     self._open: dict[int, _Open] = {}  # by key
     self._num_keys = self._num_parts = 0
     self._ended: list[requests_lib.Completion] = []
+    # Samples whose scores are not requested yet, and open requests of scores.
+    self._unscored: collections.deque[_Unscored] = collections.deque()
+    self._scoring: dict[int, _Unscored] = {}  # by key
+    self._score_parts: list[requests_lib.Completion] = []
     self._total, self._scores = self._paid_before(), budget_lib.Cost()
     self._scored_tokens = 0
     self._seen: list[samples_lib.Sample] = []
@@ -154,7 +160,7 @@ class Search:
   @property
   def is_done(self) -> bool:
     """Whether the strategy has chosen and no sample is open."""
-    return self._choice is not None and not self._open
+    return self._choice is not None and not (self._open or self._scoring)
 
   @property
   def spent(self) -> budget_lib.Cost:
@@ -164,9 +170,21 @@ class Search:
       spent = spent + each.spent()
     return spent
 
+  @property
+  def _is_waiting(self) -> bool:
+    """Whether a sample is open, or its score."""
+    return bool(self._open or self._unscored or self._scoring)
+
   def to_cancel(self) -> list[int]:
     """Returns the keys of requests that the strategy needs no more."""
-    return list(self._open) if self._choice is not None else []
+    if self._choice is None:
+      return []
+    return [*self._open, *self._scoring]
+
+  def place(self, key: int) -> Any:
+    """Returns the model of an open request; None: the one that answers."""
+    scoring = self._scoring.get(key)
+    return scoring.scorer.place if scoring else None
 
   def expire(self) -> list[int]:
     """Ends all at the deadline: returns the keys of requests to cancel.
@@ -174,8 +192,10 @@ class Search:
     The strategy gets what was sampled so far.
     """
     self._is_expired = self._desk.is_spent = True
+    while self._unscored and self._choice is None:
+      self._deliver(self._unscored.popleft().sample)
     self._settle_down()
-    return list(self._open)
+    return [*self._open, *self._scoring]
 
   def next_request(self) -> tuple[int, requests_lib.Request] | None:
     """Returns the next request and its key; None: nothing may start now.
@@ -183,12 +203,14 @@ class Search:
     Its most expensive end is reserved.
     """
     self._settle_down()
+    if self._choice is None and self._unscored:
+      return self._next_score()
     if self._choice is not None or not self._desk.asks:
       return None
     ask = self._desk.asks[0]
     num, most, each = self._affordable(ask)
     if not num:
-      if self._open:
+      if self._is_waiting:
         return None  # they may leave something
       self._desk.is_spent = True
       self._desk.asks.clear()
@@ -211,6 +233,10 @@ class Search:
 
   def withdraw(self, key: int) -> None:
     """Takes back a request that the engine never got."""
+    if scoring := self._scoring.pop(key, None):
+      if self._choice is None:
+        self._deliver(scoring.sample)
+      return
     del self._open[key]
     self._settle_down()
 
@@ -223,6 +249,11 @@ class Search:
     completion = update.completion
     if completion is None:
       return
+    if key in self._scoring:
+      sample = self._take_score(key, completion)
+      if self._choice is None:
+        self._deliver(sample)
+      return
     group = self._open[key]
     group.num_left -= 1
     group.ended.append(update)
@@ -233,15 +264,23 @@ class Search:
     completion.check()
     if self._choice is not None:
       return
-    sample = self._sample(group, update.index, completion)
-    self._seen.append(sample)
-    self._advance(sample)
-    self._settle_down()
+    sample = self._judged(
+      group.ask,
+      joining.joined(
+        group.ask,
+        completion,
+        number=group.first + update.index,
+        tokenizer=self._tokenizer,
+        read=self._read,
+      ),
+    )
+    if sample is not None:
+      self._deliver(sample)
 
   def outcome(self, now: float) -> Outcome:
     """Returns the outcome of a search that is done."""
     assert self._choice is not None
-    assert not self._open
+    assert self.is_done
     choice = self._choice
     prompt = self._question.request.prompt_ids
     ended_by = DECIDED if choice.is_decided else DONE
@@ -251,7 +290,7 @@ class Search:
       receipt=receipt_lib.made(
         choice.sample,
         self._ended,
-        before=self._question.before,
+        unsampled=[*self._question.before, *self._score_parts],
         num_prompt=len(prompt),
         total=self._total + self._scores,
         scores=self._scores,
@@ -285,13 +324,14 @@ class Search:
     except StopIteration as end:
       self._choice = end.value
       self._desk.asks.clear()
+      self._unscored.clear()
 
   def _settle_down(self) -> None:
     """Tells the strategy that nothing is open, until it asks or returns."""
     while self._choice is None:
       if self._is_expired:
         self._desk.asks.clear()
-      if self._open or self._desk.asks:
+      if self._is_waiting or self._desk.asks:
         return
       self._advance(None)
       if self._choice or self._desk.asks:
@@ -317,7 +357,7 @@ class Search:
     if most < 1:  # the context is full
       return 0, 0, budget_lib.Cost()
     num = _largest(min(ask.num, MOST_AT_ONCE), lambda n: allows(n, most))
-    if not num and not self._open:
+    if not num and not self._is_waiting:
       shorter = _largest(most - 1, lambda tokens: allows(1, tokens))
       if shorter >= max(1, ask.least_tokens):
         self._desk.is_spent = True
@@ -335,6 +375,8 @@ class Search:
     held = self.spent
     for each in self._open.values():
       held = held + each.reserved * each.num_left
+    for waiting in (*self._unscored, *self._scoring.values()):
+      held = held + waiting.cost
     return held
 
   def _request(
@@ -355,54 +397,72 @@ class Search:
       room=None,
     )
 
-  def _sample(
-    self, group: _Open, index: int, completion: requests_lib.Completion
-  ) -> samples_lib.Sample:
-    ask, after = group.ask, group.ask.after
-    prefix = ask.prefix
-    ids = (*prefix, *completion.token_ids)
-    text = completion.text
-    if prefix:
-      text = _decoded(self._tokenizer, prefix) + text
-    old = {place for place in after.forced if place < ask.keep} if after else ()
-    new = range(len(prefix) - len(ask.forced), len(prefix))
-    logprobs = None
-    if completion.logprobs is not None:
-      own = [each.chosen for each in completion.logprobs]
-      before = np.zeros(0)
-      if after is not None and after.logprobs is not None:
-        before = after.logprobs[: ask.keep - len(old)]
-      logprobs = np.concatenate([before, np.asarray(own, np.float64)])
-    num_text_ids = len(prefix) + completion.num_text_ids
-    if ask.is_anew:
-      own = completion.token_ids
-      reading = self._read(completion.text, own, completion.num_text_ids)
-      reading = reading._replace(
-        num_reasoning=len(prefix) + reading.num_reasoning
-      )
-    else:
-      reading = self._read(text, ids, num_text_ids)
-    sample = samples_lib.Sample(
-      number=group.first + index,
-      tag=ask.tag,
-      parts=(*(after.parts if after else ()), completion),
-      ids=ids,
-      forced=frozenset([*old, *new]),
-      text=text,
-      reading=reading,
-      logprobs=logprobs,
-    )
-    if ask.scorer is None or completion.finish_reason == 'cancelled':
+  def _judged(
+    self, ask: strategy_lib.Ask, sample: samples_lib.Sample
+  ) -> samples_lib.Sample | None:
+    """Returns a sample with its score; None: a model must compute that."""
+    scorer = ask.scorer
+    if scorer is None or sample.last.finish_reason == 'cancelled':
       return sample
-    read = len(self._question.request.prompt_ids) + len(ids)
-    self._scores = self._scores + ask.scorer.cost(read)
-    self._scored_tokens += ask.scorer.num_read(read)
-    score = float(ask.scorer(self._question, sample))
-    if not np.isfinite(score):
-      raise ValueError(
-        f'scorer: got the score {score} of an answer, expected a finite number'
-      )
-    return dataclasses.replace(sample, score=score)
+    num_tokens = len(self._question.request.prompt_ids) + len(sample.ids)
+    if isinstance(scorer, samples_lib.Requested):
+      self._unscored.append(_Unscored(scorer, sample, num_tokens))
+      return None
+    rule = cast(samples_lib.Rule, scorer)
+    self._scores = self._scores + rule.cost(num_tokens)
+    self._scored_tokens += rule.num_read(num_tokens)
+    return _with_score(sample, rule(self._question, sample))
+
+  def _next_score(self) -> tuple[int, requests_lib.Request]:
+    """Returns the request of a score, which is reserved already."""
+    waiting = self._unscored.popleft()
+    request = waiting.scorer.checked(
+      waiting.scorer.request(self._question, waiting.sample), waiting.num_tokens
+    )
+    key, self._num_keys = self._num_keys, self._num_keys + 1
+    self._scoring[key] = waiting
+    return key, request
+
+  def _take_score(
+    self, key: int, completion: requests_lib.Completion
+  ) -> samples_lib.Sample:
+    """Takes the end of the request of a score; returns the sample with it."""
+    waiting = self._scoring.pop(key)
+    used = completion.usage
+    self._score_parts.append(completion)
+    self._scored_tokens += used.prompt_tokens
+    self._scores = self._scores + waiting.scorer.paid(used)
+    if completion.finish_reason == 'cancelled' or not completion.token_ids:
+      return waiting.sample  # it has no score
+    completion.check()
+    return _with_score(waiting.sample, waiting.scorer.read(completion))
+
+  def _deliver(self, sample: samples_lib.Sample) -> None:
+    self._seen.append(sample)
+    self._advance(sample)
+    self._settle_down()
+
+
+class _Unscored(NamedTuple):
+  """A sample whose score a model computes."""
+
+  scorer: samples_lib.Requested
+  sample: samples_lib.Sample
+  num_tokens: int  # of the prompt and the sample
+
+  @property
+  def cost(self) -> budget_lib.Cost:
+    """What is reserved for the score."""
+    return self.scorer.cost(self.num_tokens)
+
+
+def _with_score(sample: samples_lib.Sample, score: float) -> samples_lib.Sample:
+  score = float(score)
+  if not np.isfinite(score):
+    raise ValueError(
+      f'scorer: got the score {score} of an answer, expected a finite number'
+    )
+  return dataclasses.replace(sample, score=score)
 
 
 def _largest(most: int, allows) -> int:
@@ -415,8 +475,3 @@ def _largest(most: int, allows) -> int:
     middle = (low + high + 1) // 2
     low, high = (middle, high) if allows(middle) else (low, middle - 1)
   return low
-
-
-def _decoded(tokenizer: tokenizer_lib.Tokenizer, ids: Sequence[int]) -> str:
-  decoder = detokenize.StreamDecoder(tokenizer, is_continued=True)
-  return ''.join([*map(decoder.push, ids), decoder.finish()])

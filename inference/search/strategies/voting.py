@@ -128,7 +128,9 @@ class _Votes:
   def _weight(self, sample: samples_lib.Sample) -> float:
     if self._rule.scorer is None:
       return 1.0
-    if sample.score is None or not 0 <= sample.score <= 1:
+    if sample.score is None:
+      return 0.0  # its score was not computed before the end
+    if not 0 <= sample.score <= 1:
       raise ValueError(
         f'scorer: got {sample.score} as the weight of a vote, expected 0 to 1;'
         ' weigh by a verifier, or by a probability'

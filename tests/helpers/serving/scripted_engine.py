@@ -113,6 +113,8 @@ class ScriptedEngine:
       rng = np.random.default_rng([seed, len(request.prompt_ids)])
       text = self._says(request.prompt_ids, number, rng)
       script = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
+      if request.target is not None:
+        script = [request.target]
       self._waiting.append(
         _Live(
           self._num_requests,
@@ -179,7 +181,7 @@ class ScriptedEngine:
       self.flops += cost
       live.num_computed = known
       live.ids.append(live.script[len(live.ids)])
-      self.sampled += 1
+      self.sampled += live.request.target is None
       if live.ids[-1] == self.tokenizer.eos_id or self._has_stop(live):
         return self._end(live, 'stop')
       if len(live.ids) == live.request.room:

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from inference.search import budget as budget_lib, scorers
+from inference.requests import requests
+from inference.sampling import settings
+from inference.search import budget as budget_lib, samples, scorers
 from inference.search.strategies import (
   forcing,
   revision,
@@ -29,11 +31,32 @@ class _Costly(scorers.Called):
     return num_tokens
 
 
+def _asked(
+  question: samples.Question, sample: samples.Sample
+) -> requests.Request:
+  return requests.Request(
+    prompt_ids=(*question.request.prompt_ids, *sample.ids, 7),
+    settings=settings.Settings(max_tokens=1, seed=1),
+    target=5,
+  )
+
+
 _COSTLY = _Costly(lambda question, text: float(len(text)))
+_REQUESTED = samples.Requested(
+  request=_asked,
+  read=lambda completion: completion.num_prompt_tokens % 5 / 5,
+  costs=budget_lib.Costs(
+    tiny_models.llama_like(vocab_size=261), prices=searches.PRICES
+  ),
+  num_more=1,
+)
 STRATEGIES = (
   sampling.SampleOnce(),
   sampling.BestOfN(n=4, scorer=_COSTLY),
   sampling.BestOfN(n=3, scorer=scorers.MeanLogprob()),
+  sampling.BestOfN(n=4, scorer=_REQUESTED),
+  voting.SelfConsistency(n=5, scorer=_REQUESTED),
+  trees.BeamSearch(beams=2, width=2, scorer=_REQUESTED, step_end=' '),
   voting.SelfConsistency(n=5),
   voting.SelfConsistency(n=6, scorer=_IS_FOUR, at_once=2),
   voting.SelfConsistency(n=9, confidence=0.8),
@@ -98,7 +121,8 @@ def test_no_strategy_exceeds_its_budget():
       if budget.seconds and budget.seconds >= engine.longest:
         assert each.seconds <= budget.seconds, (strategy, budget, each)
     assert sum(x.completion_tokens for x in receipts) == engine.sampled
-    spent = sum(x.flops - x.score_flops for x in receipts)
+    is_asked = getattr(strategy, 'scorer', None) is _REQUESTED
+    spent = sum(x.flops - x.score_flops * (not is_asked) for x in receipts)
     assert spent == pytest.approx(engine.flops, rel=1e-12)
     num_cut += sum(each.ended_by == 'budget' for each in found)
     num_preempted += engine.preemptions
