@@ -45,6 +45,7 @@ def rewarded(
   generator: generate.Generator,
   *,
   costs: budget_lib.Costs,
+  num_turns: int,
   place: Any = None,
   link: Callable[[float], float] = float,
 ) -> samples_lib.Requested:
@@ -53,6 +54,8 @@ def rewarded(
   Args:
     generator: of the reward model.
     costs: of it.
+    num_turns: of a conversation with its answer; its chat template may write
+      more around each than the model's own.
     place: to which its requests go.
     link: maps rewards, as `sigmoid` does for votes.
   """
@@ -76,8 +79,13 @@ def rewarded(
     states_BD = jnp.asarray([completion.pooled_D])
     return link(float(np.asarray(reward_head.rewards(head, states_BD))[0]))
 
+  around = len(model_port.encode_answer(generator, 'x', 'x'))
   return samples_lib.Requested(
-    request=request, read=read, costs=costs, num_more=_MARGIN, place=place
+    request=request,
+    read=read,
+    costs=costs,
+    num_more=num_turns * around + _MARGIN,
+    place=place,
   )
 
 

@@ -221,7 +221,7 @@ def _scorer(
   if options.scorer == scorers.SELF:
     costs = budget_lib.of_engine(generator.engine, generator.adapter_digest)
     return judging.self_verified(generator, costs=costs)
-  if options.scorer in kinds.KINDS:
+  if options.scorer and options.scorer in kinds.KINDS:
     return scorers.Verified(kinds.named(options.scorer))
   return None
 

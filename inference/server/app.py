@@ -43,6 +43,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 import contextlib
 import logging
+from typing import Any
 
 import fastapi
 from fastapi import responses
@@ -129,6 +130,7 @@ def create_app(
   loader: service_lib.Loader | None = None,
   observers: Sequence[service_lib.Observer] = (),
   routers: Mapping[str, router_lib.Router] | None = None,
+  scorers: Mapping[str, service_lib.ServedModel] | None = None,
   on_end: Callable[[], Awaitable[None]] = _nothing,
 ) -> fastapi.FastAPI:
   """Returns the ASGI app that serves models.
@@ -143,6 +145,7 @@ def create_app(
     loader: loads further models; None: no model can be loaded.
     observers: observers of the finished answers, such as receipts.
     routers: choose for the effort auto, by the digest of a version.
+    scorers: reward models of strategies, by name.
     on_end: called once all engine loops are closed.
   """
   records = records or database.Database(None, tables=TABLES)
@@ -167,29 +170,26 @@ def create_app(
     loader=loader,
     draining=draining,
     routers=routers or {},
+    scorers=scorers or {},
+    verifiers=config.verifier_names,
     metrics=[auditor.metrics.registry],
   )
+
+  for judge in service.scorers.values():
+    judge.admission = admission
+    ledger.note_model(judge.name, judge.digest, judge.origin)
 
   async def end_requests():
     bodies.stop()
     await versions.close()
+    judges = service.scorers.values()
+    await asyncio.gather(*(each.engine_loop.close() for each in judges))
 
-  @contextlib.asynccontextmanager
-  async def lifespan(_):
-    versions.start()
-    auditor.start()
-    async with store.expiring():
-      yield
-    await asyncio.to_thread(auditor.close)
-    await versions.close()
-    await on_end()
-    for each in (bodies, records, ledger):
-      each.close()
-    _report_digests(versions)
-
+  lifespan = _lifespan(service, auditor, end_requests, on_end)
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
   app.state.end_requests, app.state.versions = end_requests, versions
   app.state.draining, app.state.keyring = draining, keyring
+  app.state.engine_loops = service.engine_loops
   open_paths = {*api_keys.OPEN_PATHS, *['/metrics'] * config.public_metrics}
   _add_middleware(app, service, open_paths)
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
@@ -199,6 +199,32 @@ def create_app(
     routes.add(app, service)
   _describe(app, keyring, open_paths)
   return app
+
+
+def _lifespan(
+  service: service_lib.Service,
+  auditor: audit.Auditor,
+  end_requests: Callable[[], Awaitable[None]],
+  on_end: Callable[[], Awaitable[None]],
+) -> Callable[[Any], contextlib.AbstractAsyncContextManager[None]]:
+  """Returns what starts the engines of an app, and ends all that it has."""
+
+  @contextlib.asynccontextmanager
+  async def lifespan(_):
+    service.versions.start()
+    for each in service.scorers.values():
+      each.start()
+    auditor.start()
+    async with service.store.expiring():
+      yield
+    await asyncio.to_thread(auditor.close)
+    await end_requests()
+    await on_end()
+    for each in (service.bodies, service.records, service.admission.ledger):
+      each.close()
+    _report_digests(service)
+
+  return lifespan
 
 
 def _describe(
@@ -240,8 +266,8 @@ def _add_middleware(
   app.add_middleware(exchanges.Exchanges)  # outermost: a 401 has an id too
 
 
-def _report_digests(versions: registry.Versions) -> None:
-  for model in versions.all():
+def _report_digests(service: service_lib.Service) -> None:
+  for model in (*service.versions.all(), *service.scorers.values()):
     if model.base is not None:
       continue
     expected = model.manifest.weights_digest

@@ -67,6 +67,17 @@ class ServerConfig:
     ' served: it chooses for requests with the reasoning_effort auto. If not'
     ' given, auto is refused.',
   )
+  scorers: str = flag_field.field(
+    '',
+    'Reward models that strategies of requests may name as their scorers,'
+    ' NAME=DIR with commas between several. Each has an engine of its own.',
+  )
+  verifiers: str = flag_field.field(
+    '',
+    'Verifiers that strategies of requests may name as their scorers, with'
+    ' commas between several: number, exact, choice, pattern, json_schema,'
+    ' unit_tests, which runs code of answers and of clients in a sandbox.',
+  )
   effort_flops: float = flag_field.field(
     0.0,
     'Mean FLOPs that a request with the effort auto may cost. 0: no limit, so'
@@ -160,8 +171,32 @@ class ServerConfig:
       )
     return found
 
+  @property
+  def verifier_names(self) -> tuple[str, ...]:
+    """Returns the names of the allowed verifiers."""
+    parts = (part.strip() for part in self.verifiers.split(','))
+    return tuple(part for part in parts if part)
+
+  @property
+  def scorer_directories(self) -> dict[str, str]:
+    """Returns the directories of reward models, by name.
+
+    Raises:
+      ValueError: the field is not NAME=DIR, with commas between.
+    """
+    found: dict[str, str] = {}
+    for part in filter(None, self.scorers.split(',')):
+      name, _, directory = (each.strip() for each in part.partition('='))
+      if not (name.isprintable() and name and directory) or name in found:
+        raise ValueError(
+          f'server.scorers: got {expect.shown(part)}, expected NAME=DIR with'
+          ' commas between several, each name once'
+        )
+      found[name] = directory
+    return found
+
   def __post_init__(self):
-    _ = self.efforts
+    _ = self.efforts, self.scorer_directories
     if not 0 <= self.effort_flops < math.inf or (
       self.effort_flops and not self.effort_predictor
     ):

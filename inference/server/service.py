@@ -298,6 +298,9 @@ class Service:
   routers: Mapping[str, router_lib.Router] = dataclasses.field(
     default_factory=dict
   )
+  # Reward models of strategies, and the verifiers that they may name.
+  scorers: Mapping[str, ServedModel] = dataclasses.field(default_factory=dict)
+  verifiers: Sequence[str] = ()
   # Of metrics that belong to no version.
   metrics: Sequence[prometheus_client.CollectorRegistry] = ()
 
@@ -320,11 +323,16 @@ class Service:
     """Most tokens of a sequence of any model."""
     return max((each.context for each in self.versions.all()), default=0)
 
+  def engine_loops(self) -> list[engine_loop_lib.Port]:
+    """Returns the engine loops of all versions and scorers."""
+    judges = (each.engine_loop for each in self.scorers.values())
+    return [*self.versions.engine_loops(), *judges]
+
   def registries(self) -> list[engine_loop_lib.Labelled]:
     """Returns the registries of metrics, with the labels of their samples."""
     found: list[engine_loop_lib.Labelled]
     found = [({}, registry) for registry in self.metrics]
-    for model in self.versions.all():
+    for model in (*self.versions.all(), *self.scorers.values()):
       labels = {'model': model.name, 'version': model.version}
       found += [({**labels, **own}, each) for own, each in model.registries()]
     return found

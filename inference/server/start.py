@@ -5,7 +5,7 @@
 The flags are read by serve.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import os
@@ -36,9 +36,9 @@ from inference.server.http import listener
 from inference.server.receipts import receipts, sealing
 from inference.server.records import database
 from inference.server.replicas import fleet as fleet_lib
+from inference.server.search import scoring
 from inference.server.versions import (
   loader as loader_lib,
-  registry,
   served_adapter,
 )
 
@@ -97,6 +97,7 @@ def serve(options: Options) -> None:
     served_adapter.ServedAdapter(name, adapter, model)
     for name, adapter in found.items()
   ]
+  scorers = _scorers(options.limits, loader)
   routers = _routers(options.limits, [model, *beside])
   lines = [*_described(model), *(_adapter_line(each) for each in beside)]
   print('\n'.join(lines), flush=True)
@@ -110,6 +111,7 @@ def serve(options: Options) -> None:
     if options.has_receipts
     else [],
     routers=routers,
+    scorers=scorers,
     **({'on_end': fleet.close} if fleet else {}),
   )
   server = listener.Listener(
@@ -120,7 +122,7 @@ def serve(options: Options) -> None:
     host=options.host,
     port=options.port,
   )
-  _run(server, app.state.versions, model.engine_loop)
+  _run(server, app.state.engine_loops, model.engine_loop)
 
 
 def _fleet(options: Options) -> fleet_lib.Fleet:
@@ -158,6 +160,22 @@ def _adapters(options: Options) -> dict[str, frozen_adapters.Adapter]:
     return {}
   base = frozen_format.open_directory(options.directory)
   return adapters_lib.read(named, base)
+
+
+def _scorers(
+  limits: server_config.ServerConfig, loader: loader_lib.Loader
+) -> dict[str, service.ServedModel]:
+  """Returns the reward models of strategies, which are not loaded yet.
+
+  Raises:
+    FileNotFoundError, ValueError: a directory holds none, or a name is taken.
+  """
+  directories = limits.scorer_directories
+  scoring.check_names(directories, limits.verifier_names)
+  return {
+    name: loader.load(directory, name, is_for_rewards=True)
+    for name, directory in directories.items()
+  }
 
 
 def _routers(
@@ -239,7 +257,7 @@ def _seal(options: Options, *, has_keys: bool) -> sealing.Seal | None:
 
 def _run(
   server: listener.Listener,
-  versions: registry.Versions,
+  engine_loops: Callable[[], list[engine_loop_lib.Port]],
   first: engine_loop_lib.Port,
 ) -> None:
   # After each of its system calls the event loop waits for the thread that runs
@@ -249,7 +267,7 @@ def _run(
     with contextlib.suppress(KeyboardInterrupt):
       server.run()
   finally:
-    if any(each.is_compiling for each in versions.engine_loops()):
+    if any(each.is_compiling for each in engine_loops()):
       # XLA cannot be interrupted, and an ordinary exit of the process would
       # wait for XLA, or crash.
       sys.stdout.flush()

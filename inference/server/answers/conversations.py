@@ -41,6 +41,7 @@ class Asked:
   tools: formats.Tools  # the tools that may be called
   is_reasoning: bool  # the answer begins inside of reasoning
   is_single: bool  # only the first call counts
+  messages: tuple[Mapping[str, Any], ...]
 
   def settings(self, chosen: dict[str, Any]) -> settings_lib.Settings:
     """Returns the settings of an answer, with the stops that end a turn.
@@ -243,6 +244,7 @@ def ask(
     },
     is_reasoning=is_reasoning,
     is_single=is_single,
+    messages=tuple(messages),
   )
 
 

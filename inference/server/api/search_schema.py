@@ -61,6 +61,17 @@ class Strategy(schema.Body):
     description='Samples, votes, answers or ends of reasoning; not with once.',
     json_schema_extra={'minimum': 1, 'maximum': options_lib.MOST},
   )
+  scorer: str | None = pydantic.Field(
+    default=None,
+    description='What says how good a sample is: likelihood, self (the model is'
+    ' asked whether its answer is right), a name of --server.scorers, or a'
+    ' verifier of --server.verifiers, with a record. It weighs the votes of'
+    ' self_consistency. null: likelihood; equal votes.',
+  )
+  record: dict[str, Any] | None = pydantic.Field(
+    default=None,
+    description='Fields that a verifier reads, such as {"answer": "42"}.',
+  )
 
 
 class Budget(schema.Body):

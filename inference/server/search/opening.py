@@ -16,12 +16,14 @@ from inference.search import (
   options as options_lib,
   reading,
   samples as samples_lib,
+  scorers,
   search as search_lib,
 )
 from inference.search.routing import router as router_lib
 from inference.server import service as service_lib
 from inference.server.answers import conversations
 from inference.server.api import errors, search_schema
+from inference.server.search import scoring
 
 
 class Answer(Protocol):
@@ -53,6 +55,7 @@ class Opened:
   spec: options_lib.Spec
   budget: budget_lib.Budget
   router: router_lib.Router | None = None  # that has chosen, and is told
+  is_slow: bool = False  # its scores are computed in `take`, and take long
   # Of the receipt, beside what the search has.
   notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -91,10 +94,17 @@ async def opened(
     )
     request = model.generator().engine.checked(request)
   question = samples_lib.Question(
-    request=request, before=(decision.prefill,) if decision else ()
+    request=request,
+    prompt=answer.asked.messages,
+    record=(body.strategy and body.strategy.record) or {},
+    before=(decision.prefill,) if decision else (),
+  )
+  scorer = scoring.scorer_of(
+    service, model, len(answer.asked.messages), body.strategy, spec
   )
   return Opened(
-    search=_search(model, answer.asked, question, spec, budget, began),
+    search=_search(model, answer.asked, question, spec, scorer, budget, began),
+    is_slow=isinstance(scorer, scorers.Verified),
     spec=spec,
     budget=budget,
     router=router,
@@ -168,6 +178,7 @@ def _search(
   asked: conversations.Asked,
   question: samples_lib.Question,
   spec: options_lib.Spec,
+  scorer: samples_lib.Scorer | None,
   budget: budget_lib.Budget,
   began: float,
 ) -> search_lib.Search:
@@ -181,6 +192,7 @@ def _search(
     strategy = options_lib.made(
       spec,
       tokenizer=generator.tokenizer,
+      scorer=scorer,
       markers=asked.style.reasoning,
       is_open=asked.is_reasoning,
       most_reasoning=cap.most_tokens if cap else None,

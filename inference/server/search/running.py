@@ -68,7 +68,8 @@ class Running:
     """
     while found := self._search.next_request():
       key, request = found
-      self._open[key] = await self._model.submit(
+      model = self._search.place(key) or self._model
+      self._open[key] = await model.submit(
         [request], lambda end, key=key: self._ended(key, end)
       )
       reader = asyncio.create_task(self._read(key, self._open[key]))
@@ -108,7 +109,10 @@ class Running:
         key, update = item
         if is_live and not update.completion:
           yield 0, dataclasses.replace(update, request_id=0)
-        self._search.take(key, update)
+        if self._opened.is_slow and update.completion:
+          await asyncio.to_thread(self._search.take, key, update)
+        else:
+          self._search.take(key, update)
         self._cancel(self._search.to_cancel())
         await self.start()
       outcome = self._search.outcome(time.perf_counter())

@@ -22,6 +22,7 @@ from inference.server.replicas import (
   values,
 )
 from inference.server.versions import loading, memory, served_adapter
+from models.layers import reward_head
 
 
 class Loader:
@@ -58,6 +59,7 @@ class Loader:
     name: str,
     *,
     config: engine_config.EngineConfig | None = None,
+    is_for_rewards: bool = False,
     **events,
   ) -> service.ServedModel:
     """Returns a model that loads once its engine loop is started.
@@ -66,23 +68,38 @@ class Loader:
       directory: the frozen directory.
       name: name of the model in requests.
       config: the layout of its engine; None: the layout of every engine.
+      is_for_rewards: whether it is a reward model, which scores answers.
       **events: callbacks of the engine loop.
 
     Raises:
       FileNotFoundError, ValueError: there is no frozen directory, its manifest
-        is damaged, or the config does not suit it.
+        is damaged, the config does not suit it, or it has another function.
     """
     config = config or self._config
     manifest = manifest_lib.read(pathlib.Path(directory))
     context = config.context(manifest.model['max_length'])
+    if is_for_rewards and reward_head.NAME not in manifest.heads:
+      raise ValueError(
+        f'{name}: got {os.fspath(directory)}, a language model, expected a'
+        ' reward model'
+      )
     if self._fleet is not None:
+      if is_for_rewards:
+        raise ValueError(
+          f'server.scorers: got {name} with --replicas, expected none: a reward'
+          ' model runs in the process of the server; leave one of them out'
+        )
       return self._on_replicas(directory, name, manifest, config, **events)
 
     def read() -> generate.Generator:
       # Not before: the first use of a device takes a while.
       model.memory = memory.plan(manifest, config)
       return loading.read(
-        directory, config, version=model.version, plan=model.memory
+        directory,
+        config,
+        version=model.version,
+        plan=model.memory,
+        is_for_rewards=is_for_rewards,
       )
 
     loop = engine_loop_lib.EngineLoop(

@@ -17,6 +17,7 @@ def read(
   *,
   version: str,
   plan: memory.Plan,
+  is_for_rewards: bool = False,
 ) -> generate.Generator:
   """Returns the generator of a frozen directory, without all programs.
 
@@ -25,10 +26,13 @@ def read(
     config: the layout of the engine.
     version: NAME@DIGEST, for the log.
     plan: of its memory, for the log.
+    is_for_rewards: whether it is a reward model.
   """
   _LOG.info('%s: memory %s', version, plan)
   _LOG.info('%s: shapes %s', version, _shapes(config))
-  generator = generate.load(directory, config, compile_all=False)
+  generator = generate.load(
+    directory, config, compile_all=False, is_for_rewards=is_for_rewards
+  )
   gc.freeze()  # it stays: see `keep_objects`
   gc.enable()
   return generator
