@@ -12,6 +12,11 @@ best of n: both chosen on half of the questions and measured on the other half.
 Intervals are 95 %, by the bootstrap over questions and seeds. Runs and pools
 are kept below --workdir: the same command resumes. report.html there has
 figures and tables.
+
+    python -m studies.test_time_scaling --model=DIR --questions=gsm8k.jsonl \
+      --workdir=runs/gsm8k --samples_per_question=64
+
+measures votes of a model that is there (`studies/think/real_model.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,17 +25,44 @@ import json
 import pathlib
 from typing import NamedTuple
 
-from absl import app
+from absl import app, flags
 import numpy as np
 
+from checks import path_flags
 from data.problems import generator, problem as problem_lib
 from evals.results import pass_at_k
 from experiments import test_time_scaling as experiments
+from inference import generate
 from storage import atomic
 from studies.common import figure, quiet_run, study_flags
-from studies.think import estimates, pool as pool_lib, strategies
+from studies.think import (
+  estimates,
+  pool as pool_lib,
+  real_model,
+  strategies,
+)
 from training.reporting.page import charts, document
 
+_MODEL = path_flags.DEFINE_path(
+  'model',
+  '',
+  'Frozen directory of a model that answers --questions; empty: trains the two'
+  ' models of the experiment.',
+)
+_QUESTIONS = path_flags.DEFINE_path(
+  'questions',
+  '',
+  'JSON Lines of question and answer, a number, as GSM8K has them (#### 42).',
+)
+_NUM_QUESTIONS = flags.DEFINE_integer(
+  'num_questions', 0, 'First questions of --questions; 0: all.', 0
+)
+_MAX_TOKENS = flags.DEFINE_integer(
+  'max_answer_tokens', 320, 'Tokens of an answer to --questions, at most.', 1
+)
+_TEMPERATURE = flags.DEFINE_float(
+  'temperature', 0.8, 'Temperature of the answers to --questions.', 0.01
+)
 NUM_SEEDS = 1
 NUM_BUDGETS = 8
 REPORT, RESULTS = 'report.html', 'test_time_scaling.json'
@@ -84,7 +116,7 @@ def pool_of(
   if quiet_run.run(experiment, run).exit_code:
     raise SystemExit('stopped by a signal; the same command resumes')
   found = pool_lib.draw(
-    run / 'frozen',
+    generate.load(run / 'frozen', pool_lib.ENGINE),
     problems_of(num_per_level),
     num_samples=num_samples,
     max_tokens=experiments.MAX_TOKENS,
@@ -387,6 +419,17 @@ def main(argv: list[str]) -> None:
   workdir = study_flags.begin(argv)
   pools: Pools = []
   try:
+    if _MODEL.value or _QUESTIONS.value:
+      asked = real_model.Settings(
+        model=_MODEL.value,
+        questions=_QUESTIONS.value,
+        num_questions=_NUM_QUESTIONS.value,
+        num_samples=study_flags.SAMPLES_PER_QUESTION.value,
+        max_tokens=_MAX_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+      )
+      print(real_model.report(asked, workdir, study_flags.FIGURE.value))
+      return
     for seed in range(study_flags.SEEDS.value or NUM_SEEDS):
       pools.append({})
       for size in experiments.SIZES:
@@ -401,7 +444,7 @@ def main(argv: list[str]) -> None:
         accuracy = pools[-1][size].is_right_QN.mean()
         print(f'{size}, seed {seed}: one sample {accuracy:.3f}', flush=True)
     print(report(pools, workdir, study_flags.FIGURE.value))
-  except ValueError as error:
+  except (ValueError, FileNotFoundError) as error:
     raise SystemExit(f'error: {error}') from None
 
 

@@ -38,6 +38,14 @@ def _ask(model, *flags, prompt='abcd:'):
   ('flags', 'words'),
   [
     (['--strategy=best_of_n:3'], '3 samples, ended by done'),
+    (
+      [
+        '--strategy=best_of_n:2',
+        '--scorer=number',
+        '--record={"answer": "42"}',
+      ],
+      '2 samples, ended by done',
+    ),
     (['--strategy=self_consistency:8', '--budget=tokens:9'], 'ended by budget'),
   ],
 )
@@ -80,6 +88,25 @@ def test_auto_takes_the_effort_that_is_predicted(
     (['--strategy=once', '--budget=pages:1'], 'expected UNIT:NUMBER'),
     (['--strategy=once', '--reward_model=x'], 'scores nothing'),
     (['--strategy=wait:1', '--reasoning_budget=5'], 'marks no reasoning'),
+    (['--strategy=once', '--scorer=self'], '--scorer: got one with the'),
+    (['--strategy=best_of_n:2', '--scorer=x'], "--scorer: got 'x', expected"),
+    (['--strategy=best_of_n:2', '--scorer=number'], '--record: got None with'),
+    (
+      ['--strategy=best_of_n:2', '--scorer=number', '--record={'],
+      '--record: got {, expected JSON',
+    ),
+    (
+      ['--strategy=best_of_n:2', '--scorer=self', '--record={"answer": "1"}'],
+      'and none without',
+    ),
+    (
+      ['--strategy=self_consistency:2', '--scorer=likelihood'],
+      'expected weights from 0',
+    ),
+    (
+      ['--strategy=best_of_n:2', '--scorer=self', '--reward_model=x'],
+      'expected one of them',
+    ),
     (['--strategy=auto'], '--effort_predictor=None, expected auto and'),
     (['--strategy=once', '--effort_predictor=x'], 'expected auto and'),
     (['--strategy=auto', '--effort_predictor=none.json'], 'none.json'),

@@ -1,6 +1,6 @@
 """Pools of samples: many answers to each question, drawn once per model.
 
-    pool = draw(directory, problems, num_samples=64)
+    pool = draw(generator, problems, num_samples=64)
 
 Strategies that only choose among independent samples are evaluated from a pool
 without sampling again (`studies/think/estimates.py`). A pool keeps of each
@@ -8,17 +8,16 @@ answer its value, whether it is right, its tokens, and the scores of verifiers
 that do not know the right answer.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 import dataclasses
 import io
 import os
 import pathlib
 import re
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
-from data.problems import problem as problem_lib
 from evals import ports
 from inference import generate, model_port
 from inference.engine import engine_config
@@ -28,7 +27,7 @@ from models import model_config
 from storage import atomic
 from text.replies import answers
 
-_ENGINE = engine_config.EngineConfig(
+ENGINE = engine_config.EngineConfig(
   max_sequences=64, decode_shapes=(64,), max_chunks=4, max_mixed_chunks=4
 )
 _TOGETHER = 20  # questions of one call
@@ -36,6 +35,27 @@ _TOGETHER = 20  # questions of one call
 # of the least likely token, and the share of its lines that are right sums.
 SCORES = 'likelihood', 'weakest token', 'steps'
 _STEP = re.compile(r'(\d)\+(\d)\+(\d)=(\d+)')
+
+
+class Asked(Protocol):
+  """A question with its right answer; `Problem` is one."""
+
+  @property
+  def id(self) -> str: ...
+
+  @property
+  def level(self) -> int: ...
+
+  @property
+  def question(self) -> str: ...
+
+  @property
+  def answer(self) -> answers.Answer: ...
+
+
+# Returns the value that an answer votes for, None for none, and whether it is
+# right.
+Read = Callable[[Asked, ports.Completion], tuple[Hashable, bool]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +87,16 @@ class Pool:
       found[field.name] = value[:, which] if is_score else value[which]
     return dataclasses.replace(self, **found)
 
+  @classmethod
+  def joined(cls, pools: Sequence[Self]) -> Self:
+    """Returns the pool of the questions of several, in this order."""
+    found = {}
+    for field in dataclasses.fields(cls):
+      values = [getattr(each, field.name) for each in pools]
+      axis = 1 if field.name == 'scores_CQN' else 0
+      found[field.name] = np.concatenate(values, axis=axis)
+    return cls(**found)
+
   def save(self, path: str | os.PathLike) -> None:
     """Writes all arrays into one file."""
     file = io.BytesIO()
@@ -91,16 +121,26 @@ def load(path: str | os.PathLike) -> Pool:
 
 
 def draw(
-  directory: pathlib.Path,
-  problems: Sequence[problem_lib.Problem],
+  generator: generate.Generator,
+  problems: Sequence[Asked],
   *,
   num_samples: int,
   max_tokens: int,
   temperature: float = 1.0,
   seed: int = 0,
+  read: Read | None = None,
 ) -> Pool:
-  """Returns the samples of a frozen model."""
-  generator = generate.load(directory, _ENGINE)
+  """Returns the samples of a model.
+
+  Args:
+    generator: of the model.
+    problems: that it answers, each as a chat of one message.
+    num_samples: of each.
+    max_tokens: of a sample.
+    temperature: of the samples.
+    seed: of the samples.
+    read: value and rightness of an answer; None: `read_strictly`.
+  """
   model = model_port.evaluated(generator)
   assert model.encode_chat is not None
   prompts = [
@@ -116,7 +156,8 @@ def draw(
       seed=seed * len(prompts) + start,
     )
     drawn += sample(prompts[start : start + _TOGETHER], settings, num_samples)
-  pool = of_completions(problems, prompts, drawn, generator.engine.model_config)
+  config = generator.engine.model_config
+  pool = of_completions(problems, prompts, drawn, config, read)
   last_QF, mean_QF = (
     features.of_prompts(generator.engine, prompts, pooling=pooling)
     for pooling in ('last', 'mean')
@@ -125,15 +166,16 @@ def draw(
 
 
 def of_completions(
-  problems: Sequence[problem_lib.Problem],
+  problems: Sequence[Asked],
   prompts: Sequence[ports.Ids],
   drawn: Sequence[Sequence[ports.Completion]],
   config: model_config.ModelConfig,
+  read: Read | None = None,
 ) -> Pool:
   """Returns the pool of completions; it has no features."""
-  costs = budget.Costs(config)
+  costs, read = budget.Costs(config), read or read_strictly
   rows = [
-    [_read(problem, each) for each in completions]
+    [_row(problem, each, read) for each in completions]
     for problem, completions in zip(problems, drawn, strict=True)
   ]
 
@@ -167,20 +209,28 @@ def of_completions(
   )
 
 
-class _Read(NamedTuple):
+def read_strictly(
+  problem: Asked, completion: ports.Completion
+) -> tuple[Hashable, bool]:
+  """Returns the value of the answer after '####', and whether it is right."""
+  given = answers.given(completion.text, is_strict=True)
+  value = answers.value(given) if given else None
+  is_right = answers.is_right(problem.answer, completion.text, strict=True)
+  return value, is_right
+
+
+class _Row(NamedTuple):
   value: Hashable  # None: no answer
   is_right: bool
   scores: tuple[float, ...]  # by `SCORES`
 
 
-def _read(problem: problem_lib.Problem, completion: ports.Completion) -> _Read:
-  given = answers.given(completion.text, is_strict=True)
-  value = answers.value(given) if given else None
-  is_right = answers.is_right(problem.answer, completion.text, strict=True)
+def _row(problem: Asked, completion: ports.Completion, read: Read) -> _Row:
+  value, is_right = read(problem, completion)
   logprobs = completion.logprobs
   assert logprobs is not None
   likelihoods = [float(np.exp(x)) for x in (logprobs.mean(), logprobs.min())]
-  return _Read(value, is_right, (*likelihoods, steps_score(completion.text)))
+  return _Row(value, is_right, (*likelihoods, steps_score(completion.text)))
 
 
 def _codes(values: Sequence[Hashable]) -> list[int]:
