@@ -139,10 +139,15 @@ class Programs:
     ]
     first = self.shapes if compile_all else shapes_lib.holding_all(self.shapes)
     names = ['seat', 'recount', 'copy', *['adapt'] * self._has_adapters]
+    of_drafts = [
+      keys_lib.Accepted(each, is_masked=True) for each in self.verified
+    ]
+    # The first request within a grammar waits for no drafts on a server.
     self.masks = late.Late(
       self._compile,
       placement.device,
-      *map(self._of_masks, (first, self.shapes)),
+      self._of_masks(first) + (of_drafts if compile_all else []),
+      self._of_masks(self.shapes) + of_drafts,
     )
     self._compile([*names, *self._with_sizes(first)])
     if compile_all:
@@ -190,7 +195,6 @@ class Programs:
     """Returns the keys of the programs that shapes need within grammars."""
     sizes = [self._layouts.num_sampled(each, is_split=True) for each in shapes]
     keys: list[Any] = [keys_lib.Masked(size) for size in dict.fromkeys(sizes)]
-    keys += [keys_lib.Accepted(each, is_masked=True) for each in self.verified]
     return keys + [
       keys_lib.Forward(each) for each in shapes if self._layouts.is_whole(each)
     ]
