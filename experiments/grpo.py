@@ -76,11 +76,14 @@ def get_config(variant: str = 'grpo') -> experiment.Experiment:
       f' the first two may have a frozen directory, as grpo:{MIXED}'
     )
   start = directory or starts[name]
-  found = {
-    'sft': lambda: _supervised(f'{_ADDITIONS}&count=3000', 800),
-    'skilled': lambda: _supervised(f'{_ADDITIONS}&count=6000', 1200),
-    'mixed': lambda: _mixed(start),
-  }.get(name, lambda: _reinforced(name, start))()
+  if name == 'sft':
+    found = _supervised(f'{_ADDITIONS}&count=3000', 800)
+  elif name == 'skilled':
+    found = _supervised(f'{_ADDITIONS}&count=6000', 1200)
+  elif name == 'mixed':
+    found = _mixed(start)
+  else:
+    found = _reinforced(name, start)
   return dataclasses.replace(found, name=f'add_{name}')
 
 
