@@ -16,6 +16,14 @@ problems. `cpu` and `cpu-rank-8` take 200 problems (--count=200 above) and at
 most 20 minutes on two CPU cores. A frozen directory may follow a second colon,
 as `cpu:frozen/SmolLM2`.
 
+`grpo` reinforces right answers, for one GPU: 64 problems of 8 answers each in a
+rollout batch, from the files as they are at github.com, named
+
+    gsm8k_questions/train.jsonl, gsm8k_questions/validation.jsonl
+
+`cpu-grpo` is the same in small, to see it run: minutes. Others report 0.38 % of
+the test problems solved before, and 2.43 % after GRPO (LOG.md has ours).
+
 On a GPU, the learning rate of adapters is ten times the rate of full
 fine-tuning (Schulman et al. 2025, LoRA Without Regret,
 thinkingmachines.ai/blog/lora). The rates of `cpu` and `cpu-rank-8` were
@@ -26,14 +34,18 @@ measured: the best rates of so short a run are higher, and 20 times apart
 import dataclasses
 
 from data import data_config, sources
+from evals.verifiers import texts
 from experiments import presets
 from models import adapter_config
 from training import experiment
 from training.checkpoints import init_from
+from training.objectives.policy import corrections, recipes
 from training.optimizer import chain
+from training.rollouts import rewards, rollout_config
 
 VARIANTS = (
-  'full', 'rank-1', 'rank-8', 'rank-64', 'rank-256', 'cpu', 'cpu-rank-8'
+  'full', 'rank-1', 'rank-8', 'rank-64', 'rank-256', 'cpu', 'cpu-rank-8',
+  'grpo', 'cpu-grpo',
 )  # fmt: skip
 BASE = 'runs/SmolLM2-135M-Instruct'
 FULL_RATE = 2e-5
@@ -80,6 +92,8 @@ def get_config(variant: str = 'cpu') -> experiment.Experiment:
     eval_every_steps=50,
     eval_at_start=True,
   )
+  if name.endswith('grpo'):
+    return _reinforced(gpu, is_small=name.startswith('cpu'))
   if not name.startswith('cpu'):
     return gpu
   return dataclasses.replace(
@@ -95,4 +109,52 @@ def get_config(variant: str = 'cpu') -> experiment.Experiment:
     log_every_steps=2,
     eval_every_steps=0,
     eval_batches=5,
+  )
+
+
+def _reinforced(
+  full: experiment.Experiment, *, is_small: bool
+) -> experiment.Experiment:
+  """Returns GRPO from the same weights."""
+  num_prompts, group_size, max_tokens = (4, 4, 96) if is_small else (64, 8, 320)
+  right = texts.Number()
+  marked = texts.Number(is_strict=True)  # after '####', as in the data
+  return dataclasses.replace(
+    full,
+    data=dataclasses.replace(
+      full.data,
+      path='gsm8k_questions/{split}.jsonl',
+      examples='prompts',
+      packing='none',
+      row_length=384 if is_small else 640,
+      too_long='drop',
+      batch_size=num_prompts * group_size // 2,
+    ),
+    objective=recipes.grpo(
+      group_size=group_size,
+      kl=0.0,
+      # Sampler and trainer round differently in bfloat16.
+      correction=corrections.Correction(level=corrections.TOKEN),
+    ),
+    rollouts=rollout_config.RolloutConfig(
+      rewards=(
+        rollout_config.RewardConfig(
+          reward=rewards.Verified(verifier=right), name='right'
+        ),
+        # Most first answers are wrong: their form gives groups a signal.
+        rollout_config.RewardConfig(
+          reward=rewards.Verified(verifier=marked), name='marked', weight=0.1
+        ),
+      ),
+      num_prompts=num_prompts,
+      max_tokens=max_tokens,
+      eval_prompts=8 if is_small else 512,
+    ),
+    optimizer=dataclasses.replace(
+      full.optimizer, peak_lr=2e-6, warmup_steps=1 if is_small else 10
+    ),
+    compute_dtype='float32' if is_small else 'bfloat16',
+    num_steps=4 if is_small else 400,
+    log_every_steps=2,
+    eval_every_steps=2 if is_small else 50,
   )

@@ -50,6 +50,8 @@ VARIANTS = {
     'rank-256',
     'cpu',
     'cpu-rank-8:some/frozen',
+    'grpo',
+    'cpu-grpo',
   ],
 }
 ALL = [
