@@ -91,6 +91,11 @@ def read(path: str | os.PathLike, weights_digest: str = '') -> Predictor:
       pooling=str(tree['pooling']),
     )
     _check_shapes(params, len(efforts))
+  except FileNotFoundError:
+    raise FileNotFoundError(
+      f'{name}: got no such file, expected the file of a predictor; python -m'
+      ' training.effort makes one'
+    ) from None
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
       f'{name}: got no predictor of effort ({type(error).__name__}:'
