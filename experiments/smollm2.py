@@ -128,7 +128,7 @@ def _reinforced(
       packing='none',
       row_length=384 if is_small else 640,
       too_long='drop',
-      batch_size=num_prompts * group_size // 2,
+      batch_size=num_prompts * group_size // 4,
     ),
     objective=recipes.grpo(
       group_size=group_size,
