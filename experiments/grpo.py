@@ -130,7 +130,7 @@ def _reinforced(method: str, directory: str) -> experiment.Experiment:
     optimizer=dataclasses.replace(
       sft.optimizer, peak_lr=4e-4, schedule='linear', warmup_steps=5
     ),
-    num_steps=240,
+    num_steps=300,
     log_every_steps=10,
     eval_every_steps=20,
     eval_at_start=True,

@@ -43,26 +43,6 @@ from studies.think import (
 )
 from training.reporting.page import charts, document
 
-_MODEL = path_flags.DEFINE_path(
-  'model',
-  '',
-  'Frozen directory of a model that answers --questions; empty: trains the two'
-  ' models of the experiment.',
-)
-_QUESTIONS = path_flags.DEFINE_path(
-  'questions',
-  '',
-  'JSON Lines of question and answer, a number, as GSM8K has them (#### 42).',
-)
-_NUM_QUESTIONS = flags.DEFINE_integer(
-  'num_questions', 0, 'First questions of --questions; 0: all.', 0
-)
-_MAX_TOKENS = flags.DEFINE_integer(
-  'max_answer_tokens', 320, 'Tokens of an answer to --questions, at most.', 1
-)
-_TEMPERATURE = flags.DEFINE_float(
-  'temperature', 0.8, 'Temperature of the answers to --questions.', 0.01
-)
 NUM_SEEDS = 1
 NUM_BUDGETS = 8
 REPORT, RESULTS = 'report.html', 'test_time_scaling.json'
@@ -416,17 +396,17 @@ def report(pools: Pools, workdir: pathlib.Path, figure_path: str = '') -> str:
 
 def main(argv: list[str]) -> None:
   """Trains and samples what is missing; prints the tables."""
-  workdir = study_flags.begin(argv)
+  workdir, values = study_flags.begin(argv), flags.FLAGS
   pools: Pools = []
   try:
-    if _MODEL.value or _QUESTIONS.value:
+    if values.model or values.questions:
       asked = real_model.Settings(
-        model=_MODEL.value,
-        questions=_QUESTIONS.value,
-        num_questions=_NUM_QUESTIONS.value,
+        model=values.model,
+        questions=values.questions,
+        num_questions=values.num_questions,
         num_samples=study_flags.SAMPLES_PER_QUESTION.value,
-        max_tokens=_MAX_TOKENS.value,
-        temperature=_TEMPERATURE.value,
+        max_tokens=values.max_answer_tokens,
+        temperature=values.temperature,
       )
       print(real_model.report(asked, workdir, study_flags.FIGURE.value))
       return
@@ -448,5 +428,29 @@ def main(argv: list[str]) -> None:
     raise SystemExit(f'error: {error}') from None
 
 
+def _define_flags() -> None:
+  path_flags.DEFINE_path(
+    'model',
+    '',
+    'Frozen directory of a model that answers --questions; empty: trains the'
+    ' two models of the experiment.',
+  )
+  path_flags.DEFINE_path(
+    'questions',
+    '',
+    'JSON Lines of question and answer, a number, as GSM8K has them (#### 42).',
+  )
+  flags.DEFINE_integer(
+    'num_questions', 0, 'First questions of --questions; 0: all.', 0
+  )
+  flags.DEFINE_integer(
+    'max_answer_tokens', 320, 'Tokens of an answer to --questions, at most.', 1
+  )
+  flags.DEFINE_float(
+    'temperature', 0.8, 'Temperature of the answers to --questions.', 0.01
+  )
+
+
 if __name__ == '__main__':
+  _define_flags()
   app.run(main)
