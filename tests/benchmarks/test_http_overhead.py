@@ -12,7 +12,11 @@ from tests.helpers import frozen_dirs
 def test_both_sides_make_all_tokens(tmp_path):
   frozen_dirs.write(tmp_path / 'model')
   args = types.SimpleNamespace(
-    model=str(tmp_path / 'model'), sequences=3, tokens=9, rounds=2
+    model=str(tmp_path / 'model'),
+    sequences=3,
+    tokens=9,
+    rounds=2,
+    replicas=0,
   )
   (result,) = http_overhead.measure(args)
   assert result['ratio'] > 0
@@ -28,10 +32,18 @@ def test_a_goal_that_is_missed_is_said():
     'tokens_per_s': {'bare': 1200.0, 'http': 1000.0},
     'events_per_token': 0.5,
     'goal': 1.15,
+    'replicas': 0,
   }
   assert 'bare: 1.20 (goal 1.15: MISSED)' in http_overhead.report(result)
   met = {**result, 'ratio': 1.15}
   assert '(goal 1.15: met)' in http_overhead.report(met)
+  speeds = {**result['tokens_per_s'], 'replicas': 1150.0}
+  beside = {
+    **met, 'replicas': 1, 'ratio_of_replicas': 1.04, 'tokens_per_s': speeds
+  }  # fmt: skip
+  assert 'with --replicas=1: 1.04, 1,150 tokens/s' in http_overhead.report(
+    beside
+  )
 
 
 def test_too_few_tokens_are_an_error():

@@ -15,7 +15,9 @@ def test_streams_end_while_others_abuse_the_server(tmp_path, monkeypatch):
   frozen_dirs.write(tmp_path / 'model')
   few = {name: (2, do) for name, (_, do) in server_abuse.ABUSES.items()}
   monkeypatch.setattr(server_abuse, 'ABUSES', few)
-  args = types.SimpleNamespace(model=tmp_path / 'model', clients=4, seconds=4.0)
+  args = types.SimpleNamespace(
+    model=tmp_path / 'model', clients=4, seconds=4.0, replicas=0
+  )
   (result,) = server_abuse.measure(args)
   statuses = result['statuses']
   assert statuses['stream'].keys() == {200}
@@ -67,6 +69,8 @@ def test_a_ledger_that_does_not_add_up_is_a_failure(tmp_path, rows, says):
 
 
 def test_a_server_that_ends_is_reported(tmp_path):
-  args = types.SimpleNamespace(model=tmp_path / 'no', clients=1, seconds=4.0)
+  args = types.SimpleNamespace(
+    model=tmp_path / 'no', clients=1, seconds=4.0, replicas=0
+  )
   with pytest.raises(ValueError, match='serve.py has ended: '):
     next(server_abuse.measure(args))
