@@ -92,13 +92,13 @@ def test_drafts_in_grammars_change_no_token(alone, sees_ahead, monkeypatch):
 
 @pytest.mark.slow
 def test_a_draft_model_in_grammars_changes_no_token(alone):
-  """It samples without masks, so some of its drafts leave the grammar."""
+  """It samples without masks: most drafts leave the grammar, and it pauses."""
   layout = {name: _LAYOUT[name] for name in _LAYOUT if name != 'speculation'}
   engine = constrained._engine(**layout, noise=0.02)
   _check(alone, reference_engine.serve(engine, _wanted()))
   for kind in ('accepted', 'rejected'):
     value = engine.metrics.value('speculation_tokens_total', kind=kind)
-    assert value > 10, kind
+    assert value > 1, kind
 
 
 @pytest.mark.slow
