@@ -18,6 +18,7 @@ The results stay in --workdir: the same command measures what is missing, and
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import pathlib
 import sys
 
@@ -26,6 +27,7 @@ from absl import app, flags
 from checks import path_flags
 from evals import evaluate, options as options_lib
 from evals.results import report, scores, statistics
+from evals.tasks import task as task_lib
 from frozen import format as frozen_format, manifest as manifest_lib
 from frozen.quantize import quality
 from storage import atomic
@@ -46,7 +48,8 @@ def result_of(
     model: frozen directory.
     task: as for `evals.evaluate.run`.
     options: options of the evaluation that the task reads.
-    out: file of the result; a result of the same weights is read from it.
+    out: file of the result; read if the weights, the files of the task and the
+      options are the same.
 
   Raises:
     FileNotFoundError: there is no such model, or a file of the task is missing.
@@ -54,13 +57,25 @@ def result_of(
   """
   opened = evaluate.open_task(task, options)
   digest = manifest_lib.read(model).weights_digest
-  if out.exists():
-    found = scores.load(out)
-    if digest in found.model.values():
-      return found
+  if out.exists() and _is_of(found := scores.load(out), digest, opened):
+    return found
   result = opened.run(answered.open_model(model))
   result.save(out)
   return scores.load(out)
+
+
+def _is_of(found: scores.Result, digest: str, task: task_lib.Task) -> bool:
+  """Returns whether a saved result is of these weights and this task."""
+  options = {
+    name: value
+    for name, value in dataclasses.asdict(task.options).items()
+    if not isinstance(value, str)  # saved paths have no directories
+  }
+  return (
+    digest in found.model.values()
+    and set(found.files.values()) == set(task.files.values())
+    and all(found.options.get(name) == options[name] for name in options)
+  )
 
 
 def differences(
@@ -145,12 +160,15 @@ def measure(
   for place in quantised:
     models[_named(place, set(models))] = place
   digest = frozen_format.open_directory(original).manifest.weights_digest
-  for name, place in models.items():
+  for place in quantised:
     lineage = frozen_format.open_directory(place).manifest.lineage
-    if name != ORIGINAL and lineage.get('quantised_from', digest) != digest:
+    source = lineage.get('quantised_from')
+    if source is None:
+      print(f'{place} does not record its original; --original is taken')
+    elif source != digest:
       raise ValueError(
-        f'--quantised: got {place}, made of the weights'
-        f' {lineage["quantised_from"]}, expected {digest} of --original'
+        f'--quantised: got {place}, made of the weights {source}, expected'
+        f' {digest} of --original'
       )
   for task in tasks:
     evaluate.open_task(task, options)  # wrong files are refused at once

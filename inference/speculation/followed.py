@@ -5,8 +5,8 @@ page tables of that model: page 7 of one has the same tokens as page 7 of the
 other. So prefix hits, preemptions and rejected drafts need no plan of their
 own. But the draft model computes tokens late, and only where drafts are worth
 their time. This file says which tokens of a sequence it has computed, so that
-it computes the others first. It counts on nothing that it was not told: a page
-has contents if their tokens are those of the sequence, whoever wrote them.
+it computes the others first. A page counts as computed if it holds the tokens
+of the sequence; they may have been computed for another sequence.
 
 A mistake here would cost acceptance, and never change a token.
 """

@@ -36,12 +36,12 @@ def places(tmp_path_factory):
   return root
 
 
-def _measure(places, names, workdir):
+def _measure(places, names, workdir, limit=0):
   return fewer_bits.measure(
     places / 'frozen',
     [places / name for name in names],
     [f'choice:{places / "task.jsonl"}'],
-    options.Options(),
+    options.Options(limit=limit),
     workdir,
   )
 
@@ -62,6 +62,11 @@ def test_models_are_compared_question_by_question(places, tmp_path):
   assert len(saved) == 2
   _measure(places, ['int4'], tmp_path)
   assert {each: each.read_bytes() for each in tmp_path.iterdir()} == saved
+  # Fewer questions are another result.
+  fewer = _measure(places, ['int4'], tmp_path, limit=5)
+  assert [len(each[0].groups[0].example_ids) for each in fewer.values()] == [
+    5, 5
+  ]  # fmt: skip
 
 
 def test_a_model_of_other_weights_is_refused(places, tmp_path):

@@ -166,13 +166,16 @@ class DraftModel:
     return {each.id: self._length(each, most) for each in sequences}
 
   def advance(self, sequences: Collection[page_tables.Sequence]) -> bool:
-    """Catches up with sequences, a few chunks; returns whether with any."""
+    """Computes a few chunks of sequences; returns whether any is complete."""
     return len(self._caught_up(sequences)) > 0
 
   def ready(
     self, sequences: Collection[page_tables.Sequence], most: int
   ) -> dict[Any, int]:
-    """Catches up with sequences; returns the lengths of those that it knows."""
+    """Returns the length of each draft; 0 where tokens are still missing.
+
+    Computes a few chunks of the missing tokens first.
+    """
     known = self._caught_up(sequences)
     return {
       each.id: self._length(each, most) if each.id in known else 0

@@ -1,8 +1,9 @@
 """The devices of each replica, as environment variables of its process.
 
-Replica i of a model on N devices has the devices iN to (i+1)N-1 of those that
-the server may use. A process takes all devices that it sees, so each sees its
-own alone. On a CPU all replicas share the cores, and no variable is needed.
+The server may use some devices. With N devices per replica, replica i has the
+devices iN to (i+1)N-1 of them. A process takes all devices that it sees, so
+each sees its own alone. On a CPU all replicas share the cores, and no variable
+is needed.
 
     GPU    CUDA_VISIBLE_DEVICES
     TPU    TPU_VISIBLE_CHIPS, TPU_CHIPS_PER_PROCESS_BOUNDS, TPU_PROCESS_BOUNDS;
@@ -64,7 +65,7 @@ def environment(
 def _chosen(
   name: str, own: range, num_replicas: int, inherited: Mapping[str, str]
 ) -> str:
-  """Returns the devices of a range among those that a variable names."""
+  """Returns the devices `own` of the list in a variable; see `environment`."""
   if name not in inherited:
     return ','.join(map(str, own))
   visible = [each for each in inherited[name].split(',') if each.strip()]

@@ -52,7 +52,9 @@ class Draws:
       if staleness
       else None
     )
-    self._asked: dict[int, futures.Future[drawing.Drawn]] = {}
+    # Batches, with their texts if they are drawn ahead: a record that no
+    # checkpoint can hold ends the run at its first batch, not when it saves.
+    self._asked: dict[int, futures.Future[tuple[drawing.Drawn, str]]] = {}
 
   def ask(
     self, index: int, step: int, weights: Callable[[], Any], *, last: int
@@ -79,10 +81,13 @@ class Draws:
     for i in missing:
       self._asked[i] = self._pool.submit(self._draw, i, step, copied)
 
-  def _draw(self, index: int, step: int, weights: Any) -> drawing.Drawn:
+  def _draw(
+    self, index: int, step: int, weights: Any
+  ) -> tuple[drawing.Drawn, str]:
     with self._turn:
       self._sampler.update(weights, step)
-      return self._drawer.draw(self._sampler, index, step)
+      drawn = self._drawer.draw(self._sampler, index, step)
+    return drawn, stored.text_of(drawn) if self.staleness else ''
 
   def take(self, index: int) -> drawing.Drawn:
     """Returns a batch that was asked for, once, when it is drawn.
@@ -90,11 +95,11 @@ class Draws:
     Raises:
       Exception: the one that ended its drawing.
     """
-    return self._asked.pop(index).result()
+    return self._asked.pop(index).result()[0]
 
   def get_state(self) -> list[str]:
     """Returns the batches that are drawn ahead; waits for unfinished ones."""
-    return [stored.text_of(each.result()) for each in self._asked.values()]
+    return [each.result()[1] for each in self._asked.values()]
 
   def set_state(self, state: list[str]) -> None:
     """Continues with the batches of `get_state`."""
@@ -102,7 +107,7 @@ class Draws:
     for text in state:
       drawn = stored.read(text)
       self._asked[drawn.index] = futures.Future()
-      self._asked[drawn.index].set_result(drawn)
+      self._asked[drawn.index].set_result((drawn, text))
 
   def close(self) -> None:
     """Waits for the batch that is being drawn, and draws no other."""
