@@ -9,7 +9,7 @@ import collections
 
 from inference.server.access import api_keys
 
-_PER_TURN = 4
+_PER_TURN = 2
 
 
 class Turns:

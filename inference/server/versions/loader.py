@@ -119,8 +119,9 @@ class Loader:
     assert self._fleet
 
     def loaded(facts: values.Facts) -> None:
-      if model.memory is None:
+      if model.memory is None:  # the first replica
         model.memory = facts.memory
+        loading.keep_objects()
 
     loop = replica_loop.ReplicaLoop(
       self._fleet,

@@ -34,7 +34,7 @@ def read(
     directory, config, compile_all=False, is_for_rewards=is_for_rewards
   )
   gc.freeze()  # it stays: see `keep_objects`
-  gc.enable()
+  gc.enable()  # serve.py has disabled it
   return generator
 
 
@@ -45,6 +45,7 @@ def keep_objects() -> None:
   """
   gc.collect()
   gc.freeze()
+  gc.enable()  # serve.py has disabled it
   # It also walks requests in progress, 80 ms for 256: once a minute is enough.
   gc.set_threshold(700, 10, 100)
 

@@ -84,6 +84,7 @@ def root(frozen_dir, tmp_path_factory):
 @pytest.fixture(scope='module')
 def served(frozen_dir, root):
   threshold = gc.get_threshold()
+  gc.disable()  # as serve.py does
   config = server_config.ServerConfig(audit_share=1.0)
   directory = compilation_cache.directory()
   fleet = fleet_lib.Fleet(
@@ -107,6 +108,7 @@ def served(frozen_dir, root):
     yield found
     pids = fleet.pids()
   gc.set_threshold(*threshold)
+  gc.enable()
   assert not any(map(_lives, pids))
 
 
@@ -146,6 +148,13 @@ def test_replicas_answer_as_an_engine_in_this_process(served, generator):
     if choice['index'] == 0
   ]
   assert ''.join(texts) == whole
+
+
+def test_garbage_is_collected_once_a_replica_is_ready(served):
+  assert served.num_ready()
+  # Else each request would leave its cycles: 1 MiB per second under load.
+  assert gc.isenabled()
+  assert gc.get_freeze_count()
 
 
 def test_constraints_embeddings_and_refusals_work_across_processes(served):
