@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
     if way == 'plan':
       print(_plan())
       return
-    host_memory.reuse_freed_memory()  # as the serving benchmarks do
+    host_memory.reuse_freed_memory(one_heap=False)
     gc.disable()  # until `_load` has made what stays: a seventh of the start
     _cache_compilations()
     if way == 'port':

@@ -24,6 +24,7 @@ from absl import app, flags
 
 from benchmarks.common import entry, server_process, timing
 from checks import path_flags
+from hardware import host_memory
 
 GOAL = 1.15
 _NAME = 'model'
@@ -141,6 +142,7 @@ def _check(num_tokens: int, expected: int) -> None:
 
 def measure(args: Any):
   """Yields the figures of one run."""
+  host_memory.reuse_freed_memory(one_heap=False)  # as serve.py does
   asked = args.sequences, args.tokens
   bare = Bare(args.model, *asked)
   fields = engine_fields(args.sequences)

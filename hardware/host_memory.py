@@ -15,28 +15,29 @@ import sys
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
-def reuse_freed_memory() -> bool:
+def reuse_freed_memory(*, one_heap: bool = True) -> bool:
   """Makes malloc keep freed memory; returns whether it could be set.
 
   Call it before jax allocates anything. Only glibc on Linux has the setting;
   another allocator is left as it is.
+
+  Args:
+    one_heap: all threads share one heap, else each has its own. One is best for
+      training: hundreds of MB of temporaries do not fit into the heap of a
+      thread (64 MB), whose pages go back to the system once it is empty.
+      Decode steps allocate little, but often: in one heap, which compilation
+      has fragmented, malloc takes up to a quarter of a step.
   """
   if sys.platform != 'linux':
     return False
   libc = ctypes.CDLL(None)
   if not hasattr(libc, 'mallopt'):
     return False
-  # One heap for all threads that never shrinks, and no separate mappings for
-  # large allocations. With an arena per thread, whose heap ends at 64 MB, glibc
-  # would fall back to mappings.
-  return all(
-    libc.mallopt(parameter, value)
-    for parameter, value in (
-      (_ARENA_MAX, 1),
-      (_MMAP_MAX, 0),
-      (_TRIM_THRESHOLD, 2**31 - 1),
-    )
-  )
+  # Heaps never shrink, and large allocations get no mappings of their own.
+  chosen = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
+  if one_heap:
+    chosen[_ARENA_MAX] = 1
+  return all(libc.mallopt(*each) for each in chosen.items())
 
 
 def return_freed_memory() -> None:

@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
   )
   for quiet in ('absl', 'jax'):  # they log each of their steps
     logging.getLogger(quiet).setLevel(logging.WARNING)
-  host_memory.reuse_freed_memory()  # as serve.py does
+  host_memory.reuse_freed_memory(one_heap=False)  # as serve.py does
   gc.disable()  # until the engine has made what stays
   if setup.compilation_cache:
     compilation_cache.use(pathlib.Path(setup.compilation_cache))
