@@ -479,11 +479,11 @@ def _define_server_flags() -> None:
   )
   flags.DEFINE_integer(
     'replicas',
-    0,
-    'Processes with an engine each, behind one --port. A request goes to one'
-    ' that knows the beginning of its prompt, or has least to do. One that dies'
-    ' starts again. Each takes --engine.tensor devices, and memory for the'
-    ' weights. 0: the engine is in the process of the server.',
+    None,
+    'Processes with an engine each, behind one --port; 1 by default. One that'
+    ' dies starts again. Each takes --engine.tensor devices, and memory for the'
+    ' weights. 0, the default with --server.scorers: the engine is in the'
+    ' process of the server, which takes 0.5 GiB less and answers later.',
     lower_bound=0,
   )
   flags.DEFINE_integer(

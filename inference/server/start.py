@@ -59,8 +59,20 @@ class Options:
   has_receipts: bool = False
   receipts_key: str | None = None  # file of the key that seals receipts
   is_insecure: bool = False  # may answer all clients, without keys
-  replicas: int = 0  # processes with engines; 0: the engine is in this one
+  replicas: int | None = None  # see `num_replicas`
   compilation_cache: str | None = None  # the flag, for replicas
+
+  @property
+  def num_replicas(self) -> int:
+    """Processes with engines; 0: the engine is in the process of the server.
+
+    In a process of its own, an engine does not wait for Python's lock, and
+    neither does the event loop of the server.
+    """
+    if self.replicas is not None:
+      return self.replicas
+    # Reward models run in the process of the server.
+    return 0 if self.limits.scorer_directories else 1
 
 
 def serve(options: Options) -> None:
@@ -74,7 +86,7 @@ def serve(options: Options) -> None:
   if options.api_keys is not None:  # '' is refused, see `api_keys`
     keys = api_keys.KeysFile(options.api_keys)
     signal.signal(signal.SIGHUP, lambda *_: keys.expire())
-  fleet = _fleet(options) if options.replicas else None
+  fleet = _fleet(options) if options.num_replicas else None
   loader = loader_lib.Loader(
     options.engine, models_root=options.limits.models_root, fleet=fleet
   )
@@ -133,7 +145,7 @@ def _fleet(options: Options) -> fleet_lib.Fleet:
   """
   cache = compilation_cache.directory_of(options.compilation_cache)
   fleet = fleet_lib.Fleet(
-    options.replicas,
+    options.num_replicas,
     num_devices=options.engine.tensor,
     environment=os.environ,
     compilation_cache=str(cache) if cache else None,

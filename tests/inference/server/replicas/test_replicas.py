@@ -16,13 +16,15 @@ import httpx2
 import numpy as np
 import pytest
 
+from frozen import manifest as manifest_lib
 from hardware import compilation_cache
+from inference.search.routing import router as router_lib
 from inference.server import app as app_lib, server_config
 from inference.server.records import database
 from inference.server.replicas import fleet as fleet_lib
 from inference.server.versions import loader as loader_lib
 from tests.helpers import frozen_dirs, tiny_models
-from tests.helpers.serving import servers
+from tests.helpers.serving import effort_predictors, servers
 from tests.helpers.training import tiny_adapters
 from tests.inference import conftest as life_two
 
@@ -95,8 +97,19 @@ def served(frozen_dir, root):
   loader = loader_lib.Loader(_ENGINE, models_root=str(root), fleet=fleet)
   model = loader.load(frozen_dir, servers.MODEL)
   records, headers = servers.with_admin()
+  manifest = manifest_lib.read(frozen_dir)
+  digest, width = manifest.weights_digest, manifest.model['model_width']
+  router = router_lib.Router(
+    effort_predictors.of_length(width, digest, least=30), budget=1e12
+  )
   app = app_lib.create_app(
-    [model], None, config, records=records, loader=loader, on_end=fleet.close
+    [model],
+    None,
+    config,
+    records=records,
+    loader=loader,
+    routers={digest: router},
+    on_end=fleet.close,
   )
   with (
     servers.running_app(app, config) as url,
@@ -172,6 +185,29 @@ def test_constraints_embeddings_and_refusals_work_across_processes(served):
   ):
     refused = served.ask(**{'prompt': 'x', **wrong})
     assert (refused.status_code, word in refused.text) == (400, True)
+
+
+@pytest.mark.parametrize(
+  ('text', 'asked', 'num_samples'),
+  [
+    ('hi', {'reasoning_effort': 'auto'}, 1),
+    ('Tell me of a way there.', {'reasoning_effort': 'auto'}, 4),
+    ('hi', {'strategy': {'name': 'best_of_n', 'n': 3}}, 3),
+    ('hi', {'strategy': {'name': 'beam', 'n': 4}}, 4),
+  ],
+)
+def test_strategies_and_predicted_efforts_run_on_replicas(
+  served, text, asked, num_samples
+):
+  body = {
+    'model': servers.MODEL,
+    'messages': [{'role': 'user', 'content': text}],
+    'max_tokens': 6,
+    'seed': 1,
+  }
+  answer = served.http.post('/v1/chat/completions', json=body | asked)
+  assert answer.status_code == 200, answer.text
+  assert answer.json()['usage']['receipt']['num_samples'] == num_samples
 
 
 def test_a_conversation_stays_on_its_replica_and_finds_its_prefix(served):
