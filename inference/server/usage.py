@@ -25,6 +25,7 @@ _SUMS = {
   'prompt': 'sum(prompt_tokens)',
   'cached': 'sum(cached_tokens)',
   'completion': 'sum(completion_tokens)',
+  'accepted': 'sum(accepted_tokens)',  # drafts
   'rejected': 'sum(rejected_tokens)',
   'FLOPs': 'sum(flops)',
   'KV byte-s': 'sum(kv_byte_seconds)',

@@ -31,9 +31,9 @@ def test_a_server_that_is_killed_loses_and_doubles_no_bill(tmp_path):
       "INSERT INTO ledger SELECT 'x' || id, request_id, idempotency, key_id,"
       ' principal, model, weights_digest, opened_at, reserved_tokens,'
       " reserved_nanos, 'finished', settled_at, prompt_tokens, cached_tokens,"
-      ' completion_tokens, rejected_tokens, prefill_tokens, decode_tokens,'
-      ' preemptions, flops, kv_byte_seconds, queue_ms, prefill_ms, decode_ms,'
-      ' price_nanos FROM ledger WHERE request_id = ?',
+      ' completion_tokens, accepted_tokens, rejected_tokens, prefill_tokens,'
+      ' decode_tokens, preemptions, flops, kv_byte_seconds, queue_ms,'
+      ' prefill_ms, decode_ms, price_nanos FROM ledger WHERE request_id = ?',
       'has 2 rows',
     ),
     ('DELETE FROM ledger WHERE request_id = ?', 'got the row'),

@@ -232,6 +232,7 @@ def used_by(
     prompt_tokens=prompt,
     cached_tokens=cached,
     completion_tokens=completion,
+    accepted_tokens=sum(each.accepted_tokens for each in usages),
     rejected_tokens=sum(each.rejected_tokens for each in usages),
     prefill_tokens=sum(each.prefill_tokens for each in usages),
     decode_tokens=sum(each.decode_tokens for each in usages),

@@ -24,7 +24,9 @@ import sqlite3
 import threading
 from typing import Any, TypeVar
 
-FORMAT = 1  # of all tables; a file with a higher number is of a newer server
+FORMAT = 2  # of all tables; a file with a higher number is of a newer server
+# The columns that a file of an earlier format lacks: (format, table, column).
+_COLUMNS = ((2, 'ledger', 'accepted_tokens INTEGER NOT NULL DEFAULT 0'),)
 _APPLICATION_ID = 0x32_4C_56_53  # '2LVS': `file` and we know our own files
 _BUSY_SECONDS = 10.0  # a writer of another process may take this long
 _MOST_TOGETHER = 256  # works that share a commit
@@ -229,7 +231,23 @@ def _prepare(connection: sqlite3.Connection, tables: Iterable[str]) -> None:
   connection.execute('PRAGMA synchronous = FULL')
   connection.execute('PRAGMA foreign_keys = ON')
   connection.execute('PRAGMA secure_delete = ON')
-  connection.execute(f'PRAGMA application_id = {_APPLICATION_ID}')
-  connection.execute(f'PRAGMA user_version = {FORMAT}')
+  _upgrade(connection)
   for sql in tables:
     connection.executescript(sql)
+
+
+def _upgrade(connection: sqlite3.Connection) -> None:
+  """Makes a new file, or one of an earlier format, one of this format.
+
+  All tables are upgraded, whichever the caller uses: the number is of the file.
+  Another process may upgrade it at the same time.
+  """
+  connection.execute('BEGIN IMMEDIATE')
+  (version,) = connection.execute('PRAGMA user_version').fetchone()
+  for since, table, column in _COLUMNS:
+    found = connection.execute(f'PRAGMA table_info({table})').fetchall()
+    if version < since and found:
+      connection.execute(f'ALTER TABLE {table} ADD COLUMN {column}')
+  connection.execute(f'PRAGMA application_id = {_APPLICATION_ID}')
+  connection.execute(f'PRAGMA user_version = {FORMAT}')
+  connection.execute('COMMIT')

@@ -55,6 +55,7 @@ CREATE TABLE IF NOT EXISTS ledger (
   prompt_tokens INTEGER NOT NULL DEFAULT 0,
   cached_tokens INTEGER NOT NULL DEFAULT 0,
   completion_tokens INTEGER NOT NULL DEFAULT 0,
+  accepted_tokens INTEGER NOT NULL DEFAULT 0,
   rejected_tokens INTEGER NOT NULL DEFAULT 0,
   prefill_tokens INTEGER NOT NULL DEFAULT 0,
   decode_tokens INTEGER NOT NULL DEFAULT 0,
@@ -114,7 +115,8 @@ class Used:
   prompt_tokens: int = 0  # each prompt once, however many completions it has
   cached_tokens: int = 0  # part of the prompt tokens
   completion_tokens: int = 0
-  rejected_tokens: int = 0
+  accepted_tokens: int = 0  # drafts that became tokens of completions
+  rejected_tokens: int = 0  # drafts that were computed in vain
   prefill_tokens: int = 0
   decode_tokens: int = 0
   preemptions: int = 0

@@ -13,7 +13,8 @@ import threading
 
 import pytest
 
-from inference.server.records import database
+from inference.server.access import keys
+from inference.server.records import database, ledger
 
 TABLE = 'CREATE TABLE IF NOT EXISTS items (name TEXT PRIMARY KEY, num INTEGER)'
 
@@ -133,6 +134,36 @@ def test_only_the_owner_reads_the_files(tmp_path):
     records.close()
   finally:
     os.umask(before)
+
+
+@pytest.mark.parametrize('tables', [[ledger.TABLES], [keys.TABLES], []])
+def test_a_file_of_the_format_before_is_upgraded_and_keeps_its_rows(
+  tmp_path, tables
+):
+  path = tmp_path / 'records.db'
+  database.Database(path).close()  # our own file
+  column = '  accepted_tokens INTEGER NOT NULL DEFAULT 0,\n'
+  assert column in ledger.TABLES
+  with sqlite3.connect(path) as connection:
+    connection.executescript(ledger.TABLES.replace(column, ''))
+    connection.execute('PRAGMA user_version = 1')
+    connection.execute(
+      'INSERT INTO ledger (id, request_id, idempotency, key_id, principal,'
+      ' model, weights_digest, opened_at, reserved_tokens, reserved_nanos,'
+      " rejected_tokens) VALUES ('a', 'b', '', 'c', 'd', 'e', 'f', 0, 1, 2, 3)"
+    )
+  connection.close()
+  for _ in range(2):  # the second time it has the format
+    records = database.Database(path, tables=tables)
+    row = records.submit(
+      lambda connection: connection.execute('SELECT * FROM ledger').fetchone()
+    ).result()
+    records.close()
+    assert (row['rejected_tokens'], row['accepted_tokens']) == (3, 0)
+  with sqlite3.connect(path) as connection:
+    version = connection.execute('PRAGMA user_version').fetchone()
+  connection.close()
+  assert version == (database.FORMAT,)
 
 
 def test_foreign_newer_and_damaged_files_are_refused_and_not_changed(tmp_path):
