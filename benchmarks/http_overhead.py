@@ -5,8 +5,8 @@
 `--sequences` requests of `--tokens` new tokens each are answered by an engine
 in this process, and by serve.py over streams on loopback; both take turns. The
 result is the time of a round over HTTP divided by the time of the bare engine,
-a median over rounds. With --replicas=N a second server, whose engines are in
-processes of their own, takes turns with both; its ratio is printed beside.
+a median over rounds. With --in_process a second server, whose engine is in the
+process of the server, takes turns with both; its ratio is printed beside.
 Server, clients and engine share the cores of this machine: on a machine with
 few cores, the clients' time is part of the result.
 
@@ -142,7 +142,6 @@ def _check(num_tokens: int, expected: int) -> None:
 
 def measure(args: Any):
   """Yields the figures of one run."""
-  host_memory.reuse_freed_memory(one_heap=False)  # as serve.py does
   asked = args.sequences, args.tokens
   bare = Bare(args.model, *asked)
   fields = engine_fields(args.sequences)
@@ -153,12 +152,14 @@ def measure(args: Any):
   )
   with contextlib.ExitStack() as stack:
     sides: dict[str, Any] = {'bare': bare}
-    for name, replicas in (('http', 0), ('replicas', args.replicas)):
-      if name == 'http' or replicas:
-        port, _ = stack.enter_context(
-          server_process.running(*serve_args, replicas=replicas)
-        )
-        sides[name] = Http(port, *asked)
+    replicas = {'http': args.replicas}
+    if args.in_process:
+      replicas['in_process'] = 0
+    for name, num in replicas.items():
+      port, _ = stack.enter_context(
+        server_process.running(*serve_args, replicas=num)
+      )
+      sides[name] = Http(port, *asked)
     for turn in sides.values():
       turn()  # fills caches
     turns = timing.interleave(sides, args.rounds)
@@ -167,8 +168,8 @@ def measure(args: Any):
     'sequences': args.sequences,
     'tokens': args.tokens,
     'ratio': timing.median_ratio(turns['http'], turns['bare']),
-    'ratio_of_replicas': timing.median_ratio(turns['replicas'], turns['bare'])
-    if args.replicas
+    'ratio_in_process': timing.median_ratio(turns['in_process'], turns['bare'])
+    if args.in_process
     else None,
     'replicas': args.replicas,
     'tokens_per_s': {
@@ -185,10 +186,10 @@ def report(result: entry.Result) -> str:
   verdict = 'met' if result['ratio'] <= result['goal'] else 'MISSED'
   speed = result['tokens_per_s']
   beside = ''
-  if result['replicas']:
+  if result['ratio_in_process']:
     beside = (
-      f'\nwith --replicas={result["replicas"]}:'
-      f' {result["ratio_of_replicas"]:.2f}, {speed["replicas"]:,.0f} tokens/s'
+      '\nwith the engine in the process of the server:'
+      f' {result["ratio_in_process"]:.2f}, {speed["in_process"]:,.0f} tokens/s'
     )
   return (
     f'{result["sequences"]} streams of {result["tokens"]} tokens:'
@@ -202,6 +203,7 @@ def report(result: entry.Result) -> str:
 def main(argv: list[str]) -> None:
   """Measures and reports."""
   del argv
+  host_memory.reuse_freed_memory(one_heap=False)  # as serve.py does
   entry.run(measure, report)
 
 
@@ -210,7 +212,8 @@ if __name__ == '__main__':
   path_flags.DEFINE_path('model', None, 'Frozen directory.', required=True)
   flags.DEFINE_integer('sequences', 32, 'Requests at the same time.', 1)
   flags.DEFINE_integer(
-    'replicas', 0, 'Of a second server, with engines in processes.', 0
+    'replicas', 1, 'Processes with an engine; 0: it is in the server.', 0
   )
+  flags.DEFINE_bool('in_process', False, 'Also measures --replicas=0.')
   flags.DEFINE_integer('tokens', 128, 'New tokens of each.', 1)
   app.run(main)

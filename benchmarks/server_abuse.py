@@ -492,7 +492,7 @@ if __name__ == '__main__':
   path_flags.DEFINE_path('model', None, 'Frozen directory.', required=True)
   flags.DEFINE_integer('clients', 256, 'Clients that stream.', 1)
   flags.DEFINE_integer(
-    'replicas', 0, 'Processes with an engine; 0: it is in the server.', 0
+    'replicas', 1, 'Processes with an engine; 0: it is in the server.', 0
   )
   flags.DEFINE_float('seconds', 60, 'Seconds of abuse.', 4)
   path_flags.DEFINE_path('out', '', 'A file that gets the result as JSON.')

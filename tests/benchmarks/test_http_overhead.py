@@ -16,10 +16,12 @@ def test_both_sides_make_all_tokens(tmp_path):
     sequences=3,
     tokens=9,
     rounds=2,
-    replicas=0,
+    replicas=1,
+    in_process=True,
   )
   (result,) = http_overhead.measure(args)
   assert result['ratio'] > 0
+  assert result['ratio_in_process'] > 0
   assert 0 < result['events_per_token'] <= 1
   assert '3 streams of 9 tokens' in http_overhead.report(result)
 
@@ -32,16 +34,14 @@ def test_a_goal_that_is_missed_is_said():
     'tokens_per_s': {'bare': 1200.0, 'http': 1000.0},
     'events_per_token': 0.5,
     'goal': 1.15,
-    'replicas': 0,
+    'ratio_in_process': None,
   }
   assert 'bare: 1.20 (goal 1.15: MISSED)' in http_overhead.report(result)
   met = {**result, 'ratio': 1.15}
   assert '(goal 1.15: met)' in http_overhead.report(met)
-  speeds = {**result['tokens_per_s'], 'replicas': 1150.0}
-  beside = {
-    **met, 'replicas': 1, 'ratio_of_replicas': 1.04, 'tokens_per_s': speeds
-  }  # fmt: skip
-  assert 'with --replicas=1: 1.04, 1,150 tokens/s' in http_overhead.report(
+  speeds = {**result['tokens_per_s'], 'in_process': 850.0}
+  beside = {**met, 'ratio_in_process': 1.41, 'tokens_per_s': speeds}
+  assert 'process of the server: 1.41, 850 tokens/s' in http_overhead.report(
     beside
   )
 
