@@ -282,9 +282,7 @@ def _load(config: engine_config.EngineConfig, **how):
       f'--adapter: got {FLAGS.adapter!r}, expected one of the names of'
       f' --adapters: {", ".join(named) or "none"}'
     )
-  if named:
-    how['adapters'] = named
-  generator = generate.load(FLAGS.model, config, **how)
+  generator = generate.load(FLAGS.model, config, adapters=named, **how)
   if FLAGS.adapter is not None:
     generator = generator.adapted(FLAGS.adapter)
   gc.freeze()  # it stays: the collector need not walk it
@@ -480,10 +478,11 @@ def _define_server_flags() -> None:
   flags.DEFINE_integer(
     'replicas',
     None,
-    'Processes with an engine each, behind one --port; 1 by default. One that'
-    ' dies starts again. Each takes --engine.tensor devices, and memory for the'
+    'Processes with an engine each; 1 by default. A request goes to one that'
+    ' knows the beginning of its prompt, or has least to do; one that dies'
+    ' starts again. Each takes --engine.tensor devices, and memory for the'
     ' weights. 0, the default with --server.scorers: the engine is in the'
-    ' process of the server, which takes 0.5 GiB less and answers later.',
+    ' process of the server, 0.5 GiB smaller; probes wait longer under load.',
     lower_bound=0,
   )
   flags.DEFINE_integer(

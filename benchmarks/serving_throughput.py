@@ -301,7 +301,7 @@ def report(result: dict[str, Any]) -> str:
 def main(argv: list[str]) -> None:
   """Runs the benchmark."""
   del argv
-  host_memory.reuse_freed_memory(one_heap=False)
+  host_memory.reuse_freed_memory(one_heap=False)  # as serve.py does
   entry.run(
     lambda args: [
       run(judged(args.jobs), with_peer=args.peer, rounds=args.rounds)

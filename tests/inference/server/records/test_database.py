@@ -136,11 +136,8 @@ def test_only_the_owner_reads_the_files(tmp_path):
     os.umask(before)
 
 
-@pytest.mark.parametrize('tables', [[ledger.TABLES], [keys.TABLES], []])
-def test_a_file_of_the_format_before_is_upgraded_and_keeps_its_rows(
-  tmp_path, tables
-):
-  path = tmp_path / 'records.db'
+def _write_of_format_1(path):
+  """Writes records with one row in the ledger, as the first format had it."""
   database.Database(path).close()  # our own file
   column = '  accepted_tokens INTEGER NOT NULL DEFAULT 0,\n'
   assert column in ledger.TABLES
@@ -153,17 +150,38 @@ def test_a_file_of_the_format_before_is_upgraded_and_keeps_its_rows(
       " rejected_tokens) VALUES ('a', 'b', '', 'c', 'd', 'e', 'f', 0, 1, 2, 3)"
     )
   connection.close()
+
+
+def _drafts(path, tables=()):
+  """Returns the format, and accepted and rejected tokens of the only row."""
+  records = database.Database(path, tables=tables)
+
+  def read(connection):
+    (version,) = connection.execute('PRAGMA user_version').fetchone()
+    (row,) = connection.execute('SELECT * FROM ledger').fetchall()
+    return version, row['accepted_tokens'], row['rejected_tokens']
+
+  found = records.submit(read).result()
+  records.close()
+  return found
+
+
+@pytest.mark.parametrize('tables', [[ledger.TABLES], [keys.TABLES], []])
+def test_a_file_of_the_format_before_is_upgraded_and_keeps_its_rows(
+  tmp_path, tables
+):
+  path = tmp_path / 'records.db'
+  _write_of_format_1(path)
   for _ in range(2):  # the second time it has the format
-    records = database.Database(path, tables=tables)
-    row = records.submit(
-      lambda connection: connection.execute('SELECT * FROM ledger').fetchone()
-    ).result()
-    records.close()
-    assert (row['rejected_tokens'], row['accepted_tokens']) == (3, 0)
-  with sqlite3.connect(path) as connection:
-    version = connection.execute('PRAGMA user_version').fetchone()
-  connection.close()
-  assert version == (database.FORMAT,)
+    assert _drafts(path, tables) == (database.FORMAT, 0, 3)
+
+
+def test_several_that_open_a_file_upgrade_it_once(tmp_path):
+  path = tmp_path / 'records.db'
+  _write_of_format_1(path)
+  with futures.ThreadPoolExecutor(4) as pool:
+    found = list(pool.map(_drafts, [path] * 8))
+  assert found == [(database.FORMAT, 0, 3)] * 8
 
 
 def test_foreign_newer_and_damaged_files_are_refused_and_not_changed(tmp_path):

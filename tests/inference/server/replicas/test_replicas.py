@@ -84,9 +84,18 @@ def root(frozen_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def served(frozen_dir, root):
+def _own_collector():
+  """The collector as serve.py leaves it; a loader tells it what stays."""
   threshold = gc.get_threshold()
-  gc.disable()  # as serve.py does
+  gc.disable()
+  yield
+  gc.set_threshold(*threshold)
+  gc.unfreeze()
+  gc.enable()
+
+
+@pytest.fixture(scope='module')
+def served(frozen_dir, root, _own_collector):
   config = server_config.ServerConfig(audit_share=1.0)
   directory = compilation_cache.directory()
   fleet = fleet_lib.Fleet(
@@ -120,8 +129,6 @@ def served(frozen_dir, root):
     servers.until(lambda: found.num_ready() == 2, 240)
     yield found
     pids = fleet.pids()
-  gc.set_threshold(*threshold)
-  gc.enable()
   assert not any(map(_lives, pids))
 
 

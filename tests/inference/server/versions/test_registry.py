@@ -53,7 +53,7 @@ def test_a_version_is_loaded_beside_weighed_pinned_and_unloaded(versions):
     404,
     'model_not_found',
   )
-  # Its threads may end a moment after its name is gone.
+  # Waits, since other threads of the process run meanwhile.
   servers.until(lambda: _bytes() <= before)
   assert _text(versions.complete()) == old
 
