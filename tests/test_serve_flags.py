@@ -45,7 +45,9 @@ def test_defaults_of_a_way_follow_given_flags(
   given, defined_flags, monkeypatch
 ):
   made = []
-  monkeypatch.setattr(generate, 'load', lambda _, config: made.append(config))
+  monkeypatch.setattr(
+    generate, 'load', lambda _, config, adapters: made.append(config)
+  )
   flags.FLAGS(['serve.py', '--model=anything'])
   for name, value in given.items():
     flags.FLAGS[f'engine.{name}'].value = value
