@@ -9,7 +9,7 @@ import collections
 
 from inference.server.access import api_keys
 
-# A probe needs several turns: with 4 its p99 under abuse was a third longer.
+# A probe needs several turns of the event loop: short turns, short waits.
 _PER_TURN = 2
 
 
