@@ -39,17 +39,22 @@ def get_config(variant: str = 'mup-64') -> experiment.Experiment:
       f'variant: got {variant!r}, expected mup-WIDTH or standard-WIDTH with a'
       ' multiple of 64, as in mup-256'
     )
+  return of_width(kind, int(width))
+
+
+def of_width(kind: str, width: int) -> experiment.Experiment:
+  """Returns the experiment of a kind, mup or standard, and a width."""
   data = quickstart.get_config().data
   return experiment.Experiment(
-    name=f'mup_transfer_{variant}',
+    name=f'mup_transfer_{kind}-{width}',
     model=dataclasses.replace(
       presets.llama(
         vocab_size=quickstart.VOCAB_SIZE,
         num_layers=2,
-        num_heads=int(width) // HEAD_WIDTH,
-        num_kv_heads=int(width) // HEAD_WIDTH,
-        width=int(width),
-        mlp_width=int(width) * 8 // 3 // 16 * 16,
+        num_heads=width // HEAD_WIDTH,
+        num_kv_heads=width // HEAD_WIDTH,
+        width=width,
+        mlp_width=width * 8 // 3 // 16 * 16,
         length=LENGTH,
       ),
       mup_base_width=BASE_WIDTH if kind == 'mup' else 0,

@@ -34,8 +34,7 @@ from checks import path_flags
 from experiments import problems
 from hardware import host_memory
 from models import adapter_config, transformer
-from studies import mup_transfer
-from studies.common import figure, load, quiet_run, study_flags
+from studies.common import figure, load, quiet_run, rate_grid, study_flags
 from training import experiment as experiment_lib, state as state_lib
 from training.reporting import metrics, reporter
 
@@ -201,7 +200,7 @@ def report(losses: dict[str, Losses], shares: dict[str, float]) -> str:
 
 def _optimum(losses: Losses) -> float:
   rates = sorted(losses)
-  found = mup_transfer.optimum(rates, [losses[rate] for rate in rates])
+  found = rate_grid.optimum(rates, [losses[rate] for rate in rates])
   # A diverged neighbour leaves no parabola, but the best rate is known.
   return float(min(losses, key=losses.__getitem__)) if found is None else found
 

@@ -5,7 +5,7 @@ from evals import claims
 
 def get_claims() -> tuple[claims.Claim, ...]:
   """Returns the claims."""
-  return _shakespeare_cpu(), _muon(), _wsd()
+  return _shakespeare_cpu(), _muon(), _wsd(), _mup()
 
 
 def _shakespeare_cpu() -> claims.Claim:
@@ -70,3 +70,29 @@ def _wsd() -> claims.Claim:
     seeds=5,
     note='250 steps of the quickstart; seeds are paired.',
   )
+
+
+def _mup() -> claims.Claim:
+  return claims.Claim(
+    name='mup_transfer',
+    paper='Yang et al. 2022, arXiv:2203.03466',
+    where='figure 1',
+    statement='With muP the best learning rate of a narrow model is the best of'
+    ' a wide one; without it, a wide model needs a lower one.',
+    quantities=(
+      claims.Quantity(
+        name='muP, shift of the best rate, factors of 2',
+        published='about 0',
+        low=-0.75,
+        high=0.75,
+        why='less than a step of the grid',
+      ),
+      claims.at_most(
+        'standard, the same shift', 'clearly below 0', -0.75,
+        'three quarters of a step of the grid; width grows by two steps',
+      ),
+    ),
+    seconds={'cpu': 900},
+    seeds=3,
+    note='Widths 64 and 256, two layers, Adam, 100 steps of 1,024 tokens.',
+  )  # fmt: skip

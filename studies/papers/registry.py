@@ -5,21 +5,27 @@ from types import ModuleType
 
 from evals import claims as claims_lib
 from experiments.papers import (
+  grokking as grokking_claims,
   in_context as in_context_claims,
+  knowledge as knowledge_claims,
   least_squares as least_squares_claims,
   optimisation as optimisation_claims,
   pretraining as pretraining_claims,
+  repeated_text as repeated_text_claims,
   sampling as sampling_claims,
   scaling_laws as scaling_laws_claims,
   serving as serving_claims,
   small_tasks as small_tasks_claims,
 )
 from studies.papers import (
+  grokking,
   in_context,
+  knowledge,
   least_squares,
   optimisation,
   port,
   pretraining,
+  repeated_text,
   sampling,
   scaling_laws,
   serving,
@@ -35,6 +41,9 @@ _FILES: tuple[tuple[ModuleType, ModuleType], ...] = (
   (optimisation_claims, optimisation),
   (in_context_claims, in_context),
   (small_tasks_claims, small_tasks),
+  (grokking_claims, grokking),
+  (repeated_text_claims, repeated_text),
+  (knowledge_claims, knowledge),
   (pretraining_claims, pretraining),
 )
 _BUDGET = re.compile(r'(cpu|gpu)-(\d+)(s|m|h)')

@@ -93,6 +93,9 @@ class Trainer:
       lambda key: state_lib.init(self._model, self._optimizer, key)
     )
     self._seen = jax.jit(self._seen_by)
+    self._logits = jax.jit(
+      lambda params, ids: self._model.apply(params, ids)[0]
+    )
 
   def _first(self, key: jax.Array, start: Any) -> Any:
     """Returns the trained variables before the first step."""
@@ -153,6 +156,10 @@ class Trainer:
     nll, is_right = self._seen(params, ids_BT)
     return np.asarray(nll), np.asarray(is_right)
 
+  def logits(self, params: Any, ids_BT: np.ndarray) -> np.ndarray:
+    """Returns the logits of the id after each, [B, T, V]."""
+    return np.asarray(self._logits(params, ids_BT))
+
   def _seen_by(self, params, ids_BT):
     logits_BTV, _ = self._model.apply(params, ids_BT[:, :-1])
     targets_BT = ids_BT[:, 1:]
@@ -175,6 +182,31 @@ def batch(
     'segment_ids': np.ones(shape, np.int32),
     'weights': is_trained_BT[:, 1:].astype(np.float32),
   }
+
+
+def gpt(
+  width: int,
+  vocab_size: int,
+  length: int,
+  *,
+  num_layers: int = 2,
+  num_heads: int = 2,
+  tie_embeddings: bool = False,
+) -> model_config.ModelConfig:
+  """Returns layers of GPT with rotary positions, for rows of `length` ids."""
+  return model_config.ModelConfig(
+    vocab_size=vocab_size,
+    num_layers=num_layers,
+    model_width=width,
+    num_heads=num_heads,
+    num_kv_heads=num_heads,
+    head_width=width // num_heads,
+    mlp='gelu',
+    mlp_width=4 * width,
+    max_length=length,
+    tie_embeddings=tie_embeddings,
+    scan_layers=False,
+  )
 
 
 def adam(

@@ -6,30 +6,11 @@ import numpy as np
 
 from data.synthetic import pairs as pairs_lib, sums
 from evals import claims as claims_lib
-from models import model_config
 from studies.papers import port, small_models
 
 _DIGITS, _KNOWN, _HELD_OUT = 2, 2500, 2000  # of additions
 _WIDTHS = (4, 8, 16, 32)
 _PAIRS, _IDS = 200, 40  # of names and descriptions; half in both orders
-
-
-def _gpt(width: int, vocab_size: int, length: int) -> model_config.ModelConfig:
-  """Returns two layers of GPT with rotary positions."""
-  heads = 2
-  return model_config.ModelConfig(
-    vocab_size=vocab_size,
-    num_layers=2,
-    model_width=width,
-    num_heads=heads,
-    num_kv_heads=heads,
-    head_width=width // heads,
-    mlp='gelu',
-    mlp_width=4 * width,
-    max_length=length,
-    tie_embeddings=False,
-    scan_layers=False,
-  )
 
 
 def reversed_sums(
@@ -82,7 +63,7 @@ def _trained_on_sums(
   """Returns the shares of held-out sums and of digits that are right."""
   length = 3 * _DIGITS + 3
   recipe = small_models.Recipe(
-    model=_gpt(width, sums.NUM_IDS, length),
+    model=small_models.gpt(width, sums.NUM_IDS, length),
     optimizer=small_models.adam(3e-3),
     num_steps=2000,
     look_every=500,
@@ -125,7 +106,7 @@ def reversal_curse(
 
 def _trained_on_pairs(seed: int, setting: port.Setting) -> Mapping[str, float]:
   recipe = small_models.Recipe(
-    model=_gpt(64, _IDS, pairs_lib.ROW_LENGTH),
+    model=small_models.gpt(64, _IDS, pairs_lib.ROW_LENGTH),
     optimizer=small_models.adam(2e-3),
     num_steps=2000,
     look_every=500,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.synthetic import markov, pairs, repeats, sums
+from data.synthetic import biographies, markov, pairs, repeats, sums
 
 
 def test_floors_of_chains_are_in_order_and_those_of_the_chain():
@@ -84,3 +84,46 @@ def test_pairs_have_different_parts_and_both_orders():
   assert is_name[0].tolist() == [False] * 5 + [True] * 2
   with pytest.raises(ValueError, match='got 145 with 15 ids, expected at most'):
     pairs.draw(np.random.default_rng(0), 145, 15)
+
+
+WORDS = biographies.Vocabulary(names=(3, 4), values=(5, 2, 6), phrases=2)
+
+
+def test_texts_tell_all_values_of_a_person():
+  people = biographies.draw(np.random.default_rng(0), WORDS, 12)
+  # All names, once each.
+  assert len({tuple(name) for name in people.names_NP.tolist()}) == 12
+  rng = np.random.default_rng(1)
+  everybody = np.arange(12)
+  for is_permuted in (False, True):
+    ids_BT, is_value_BT = people.texts(everybody, rng, is_permuted=is_permuted)
+    assert ids_BT.shape == (12, WORDS.text_length)
+    assert ids_BT.max() < WORDS.num_ids
+    np.testing.assert_array_equal(ids_BT[:, :2], people.names_NP)
+    told_BA = ids_BT[is_value_BT].reshape(12, 3)
+    np.testing.assert_array_equal(np.sort(told_BA), np.sort(people.values_NA))
+    assert np.array_equal(told_BA, people.values_NA) != is_permuted
+    # The phrase says which attribute follows.
+    phrases_BA = ids_BT[:, 2::2]
+    attribute_BA = (phrases_BA - WORDS.first_phrase) // WORDS.phrases
+    np.testing.assert_array_equal(
+      np.take_along_axis(people.values_NA, attribute_BA, axis=1), told_BA
+    )
+    assert len(np.unique(phrases_BA)) == 3 * WORDS.phrases
+  with pytest.raises(ValueError, match='people: got 13, expected 1 to 12'):
+    biographies.draw(rng, WORDS, 13)
+  with pytest.raises(ValueError, match=r'values: got \(3, 0\)'):
+    biographies.Vocabulary(names=(3,), values=(3, 0))
+
+
+def test_questions_share_no_id_with_phrases_and_end_with_the_value():
+  people = biographies.draw(np.random.default_rng(0), WORDS, 12)
+  chosen_B, attribute_B = np.array([3, 3, 7]), np.array([0, 2, 1])
+  ids_BT, is_answer_BT = people.questions(chosen_B, attribute_B)
+  assert ids_BT.shape == (3, WORDS.question_length)
+  np.testing.assert_array_equal(
+    ids_BT[is_answer_BT], people.values_NA[chosen_B, attribute_B]
+  )
+  assert len({tuple(row) for row in ids_BT[:, :-1].tolist()}) == 3
+  assert ids_BT[:, :2].max() < WORDS.first_phrase
+  assert WORDS.bits_per_person == pytest.approx(np.log2(60))

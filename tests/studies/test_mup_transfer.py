@@ -9,6 +9,7 @@ import pytest
 
 from experiments import mup_transfer as page
 from studies import mup_transfer
+from studies.common import rate_grid
 from tests.helpers import tiny_models
 from training import learner as learner_lib
 
@@ -16,14 +17,14 @@ from training import learner as learner_lib
 def test_the_optimum_is_the_vertex_of_the_parabola():
   rates = list(range(-9, -2))
   losses = [(rate + 6.3) ** 2 + 1.0 for rate in rates]
-  assert mup_transfer.optimum(rates, losses) == pytest.approx(-6.3)
+  assert rate_grid.optimum(rates, losses) == pytest.approx(-6.3)
 
 
 @pytest.mark.parametrize(
   'losses', [[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [2.0, 1.0, math.nan]]
 )
 def test_an_optimum_at_the_edge_is_none(losses):
-  assert mup_transfer.optimum([-3, -2, -1], losses) is None
+  assert rate_grid.optimum([-3, -2, -1], losses) is None
 
 
 @pytest.mark.slow
@@ -47,7 +48,7 @@ def test_the_rate_as_an_argument_is_the_rate_of_the_optimizer():
     state.params, learner.placement.put_batch(batches[0])
   )
   experiment.optimizer.peak_lr = 1.0
-  loss = mup_transfer.Model(experiment).loss(rate, 0, batches, batches[:1])
+  loss = rate_grid.Model(experiment).loss(rate, 0, batches, batches[:1])
   # Float32 rounding over 12 steps.
   assert loss == pytest.approx(
     float(sums['loss']) / float(sums['weight']), rel=1e-5

@@ -97,7 +97,9 @@ def test_budgets_choose_claims():
   few = {claim.name for claim in registry.chosen(['all'], 'cpu-5s')}
   assert 'voting' in few
   assert 'muon_ahead' not in few
-  assert registry.chosen(['all'], 'gpu-1h') == ()
+  on_gpu = registry.chosen(['all'], 'gpu-1h')
+  assert [claim.name for claim in on_gpu] == ['knowledge_capacity_large']
+  assert registry.chosen(['all'], 'gpu-1m') == ()
   assert len(registry.chosen(['all'], '')) == len(registry.all_claims())
 
 
