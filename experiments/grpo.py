@@ -7,7 +7,7 @@
     python train.py --config=experiments/grpo.py:dapo:runs/mine/frozen ...
 
 `skilled` learns to add from solved problems. `mixed` continues from it with
-demonstrations of mixed quality: 60 % of them are wrong, by a difference in
+demonstrations of mixed quality: three quarters are wrong, by a difference in
 place of the sum or by a slip. It can add, and mostly does not. The methods
 continue from `mixed`, or from a frozen directory after a second colon, with
 questions alone: a reward of 1 for the right number. No problem of the
@@ -41,14 +41,14 @@ from training import experiment
 from training.checkpoints import init_from
 from training.objectives import advantages
 from training.objectives.policy import recipes
-from training.optimizer import chain
+from training.optimizer import chain, update_rules
 from training.rollouts import rewards, rollout_config
 
 LENGTH = 96
 SKILLED, MIXED = 'runs/skilled/frozen', 'runs/mixed/frozen'
 GROUP_SIZE = 8
 _ADDITIONS = 'families=additions&levels=2'
-_WRONG = 'difficulties=2&wrong=60'  # a wrong operation, in percent
+_WRONG = 'difficulties=2&wrong=75'  # a wrong operation, in percent
 MAX_TOKENS = 32  # of an answer
 # Two steps on each rollout batch; ratios are relative to the policy that
 # sampled it.
@@ -79,12 +79,24 @@ def get_config(variant: str = 'grpo') -> experiment.Experiment:
   if name == 'sft':
     found = _supervised(f'{_ADDITIONS}&count=3000', 800)
   elif name == 'skilled':
-    found = _supervised(f'{_ADDITIONS}&count=6000', 1200)
+    found = _skilled()
   elif name == 'mixed':
     found = _mixed(start)
   else:
     found = _reinforced(name, start)
   return dataclasses.replace(found, name=f'add_{name}')
+
+
+def _skilled() -> experiment.Experiment:
+  found = _supervised(f'{_ADDITIONS}&count=6000', 800)
+  # AdamW at 2e-3 came to .72 in 1,200 steps, Muon to .96 in 800: the sampled
+  # answers of a policy with little skill teach reinforcement little.
+  return dataclasses.replace(
+    found,
+    optimizer=dataclasses.replace(
+      found.optimizer, rule=update_rules.Muon(), peak_lr=5e-3
+    ),
+  )
 
 
 def _mixed(directory: str) -> experiment.Experiment:
@@ -108,7 +120,7 @@ def _continued(
 
 
 def _reinforced(method: str, directory: str) -> experiment.Experiment:
-  sft = _continued(_supervised(f'{_ADDITIONS}&count=3000', 300), directory)
+  sft = _continued(_supervised(f'{_ADDITIONS}&count=3000', 200), directory)
   return dataclasses.replace(
     sft,
     data=dataclasses.replace(
