@@ -104,6 +104,7 @@ def _known(
 ) -> Mapping[str, float]:
   """Returns the bits per parameter that a model knows, by form of weights."""
   vocabulary = scale.vocabulary
+  num_steps = scale.num_people * exposures // _BATCH
   recipe = small_models.Recipe(
     model=small_models.gpt(
       scale.width,
@@ -116,8 +117,8 @@ def _known(
     optimizer=dataclasses.replace(
       small_models.adam(5e-3, decay=0.01), schedule='linear', end_lr=0.0
     ),
-    num_steps=scale.num_people * exposures // _BATCH,
-    look_every=scale.num_people * min(exposures, 20) // _BATCH,
+    num_steps=num_steps,
+    look_every=math.gcd(num_steps, scale.num_people * 20 // _BATCH),
   )
   people = biographies.draw(
     np.random.default_rng([seed, 2]), vocabulary, scale.num_people
