@@ -2,11 +2,12 @@
 
 A step with a sequence that a grammar constrains is sent up to its logits. While
 the device computes them, the host reads the tokens of the step before, and
-finds the tokens that may come next. Then the sampling is sent. So such a step
-waits for the host only if that takes longer than the step. All sequences of the
-batch take part in every step, constrained or not. A dispatch has one step while
-one of its sequences is constrained, or verifies drafts: then the host finds the
-tokens after each one of a draft, with a copy of the grammar's state.
+finds the tokens that may come next, on several cores if there are many. Then
+the sampling is sent. So such a step waits for the host only if that takes
+longer than the step. All sequences of the batch take part in every step,
+constrained or not. A dispatch has one step while one of its sequences is
+constrained, or verifies drafts: then the host finds the tokens after each one
+of a draft, with a copy of the grammar's state.
 
 Tokens that a grammar forces are sampled, too. Its bytes may be forced, but the
 tokens that spell them are seldom: a model has probabilities for all ways to
@@ -14,15 +15,16 @@ spell them, and taking one without sampling would change the distribution. The
 metric `constraint_forced_tokens` counts masks of one token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import time
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from inference.constraints import grammars, thinking
+from inference.constraints import grammars, side_by_side, thinking
 from inference.engine import (
   device_state,
   inputs as inputs_lib,
@@ -35,6 +37,9 @@ from inference.sampling import settings as settings_lib
 from inference.scheduling import page_tables, spans
 
 Lives = Mapping[page_tables.Sequence, answer.Live]
+# Words of 32 bits. A mask of a smaller vocabulary takes some microseconds, less
+# than handing it to another thread.
+_LARGE_WORDS = 256
 
 
 class Flight(NamedTuple):
@@ -203,13 +208,17 @@ def _allow(
 
   Sequences that have ended, or have no grammar, keep all of theirs.
   """
+  tasks = []
   for place, span in inputs_lib.placed_spans(
     flight.step, flight.shape.num_decodes
   ):
     live = lives.get(span.sequence)
     if not span.samples or live is None or live.matcher is None:
       continue
-    _fill(live.matcher, bits_RW[place], metrics)
+    tasks.append(
+      functools.partial(_fill, live.matcher, bits_RW[place], metrics)
+    )
+  _run(tasks, bits_RW)
 
 
 def _allow_drafts(
@@ -225,23 +234,46 @@ def _allow_drafts(
   span ends for now where no masks are known: its next positions become -1.
   """
   positions_XR = inputs.positions_T.reshape(bits_XRW.shape[:2])
+  tasks = []
   for place, span in enumerate(flight.step.decodes):
     live = lives.get(span.sequence)
     if live is None or live.matcher is None:
       continue
-    assert span.tokens is not None
-    _fill(live.matcher, bits_XRW[place, 0], metrics)
-    ahead = None if live.is_stuck else live.matcher.ahead()
-    for index, token in enumerate(span.tokens[1:], 1):
-      if not bits_XRW[place, index - 1, token >> 5] >> (token & 31) & 1:
-        break  # another token is sampled there
-      if ahead is not None:
-        ahead.push(token)
-        _fill(ahead, bits_XRW[place, index], metrics)
-      if ahead is None or ahead.failure:
-        # The grammar is asked again when this token is no guess any more.
-        positions_XR[place, index:] = -1
-        break
+    bits_RW, positions_R = bits_XRW[place], positions_XR[place]
+    tasks.append(
+      functools.partial(_allow_draft, span, live, bits_RW, positions_R, metrics)
+    )
+  _run(tasks, bits_XRW)
+
+
+def _allow_draft(
+  span: spans.Span,
+  live: answer.Live,
+  bits_RW: np.ndarray,
+  positions_R: np.ndarray,
+  metrics: metrics_lib.Metrics,
+) -> None:
+  """Clears the bits of a draft and ends its positions, as `_allow_drafts`."""
+  assert span.tokens is not None
+  assert live.matcher is not None
+  _fill(live.matcher, bits_RW[0], metrics)
+  ahead = None if live.is_stuck else live.matcher.ahead()
+  for index, token in enumerate(span.tokens[1:], 1):
+    if not bits_RW[index - 1, token >> 5] >> (token & 31) & 1:
+      break  # another token is sampled there
+    if ahead is not None:
+      ahead.push(token)
+      _fill(ahead, bits_RW[index], metrics)
+    if ahead is None or ahead.failure:
+      # The grammar is asked again when this token is no guess any more.
+      positions_R[index:] = -1
+      break
+
+
+def _run(tasks: list[Callable[[], None]], bits: np.ndarray) -> None:
+  """Runs the tasks of a batch; those of large vocabularies side by side."""
+  is_large = bits.shape[-1] >= _LARGE_WORDS
+  side_by_side.run(tasks, None if is_large else 1)
 
 
 def _fill(

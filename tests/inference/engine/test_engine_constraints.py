@@ -8,12 +8,18 @@ The false alarm rate of each test of chi square is 1e-4, with fixed seeds.
 import collections
 import dataclasses
 import json
+import threading
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from inference.constraints import constraint as constraint_lib, grammars
+from inference.constraints import (
+  constraint as constraint_lib,
+  grammars,
+  side_by_side,
+)
+from inference.engine import flight
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from tests.helpers.serving import reference_engine
@@ -196,6 +202,26 @@ def test_same_tokens_in_every_layout(layout):
       assert one.logprobs == other.logprobs
       if request.settings.constraint is None:
         assert one.token_ids == reference.answer(request, index).token_ids
+
+
+def test_masks_of_a_batch_on_several_threads_are_the_same(monkeypatch):
+  request = _request(_CONSTRAINTS['schema'], seed=3, n=8, temperature=1.0)
+  (alone,) = reference_engine.serve(_engine(), [request]).completions
+  threads = set()
+  fill = flight._fill
+
+  def watched(*args):
+    threads.add(threading.get_ident())
+    fill(*args)
+
+  monkeypatch.setattr(flight, '_fill', watched)
+  monkeypatch.setattr(flight, '_LARGE_WORDS', 1)
+  monkeypatch.setattr(side_by_side, '_num_cores', lambda: 3)
+  (found,) = reference_engine.serve(_engine(), [request]).completions
+  assert [each.token_ids for each in found] == [
+    each.token_ids for each in alone
+  ]
+  assert len(threads) > 1
 
 
 def test_an_answer_is_whole_and_ends_where_the_grammar_does():
