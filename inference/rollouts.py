@@ -33,7 +33,7 @@ _MOST_SEQUENCES = 256
 
 
 class EngineSampler:
-  """Samples with an engine of its own, on one device."""
+  """Samples with an engine of its own, on one device or several."""
 
   def __init__(
     self,
@@ -44,6 +44,7 @@ class EngineSampler:
     max_length: int,
     max_sequences: int,
     numerics: str = 'fast',
+    devices: Sequence[jax.Device] = (),
   ):
     """Allocates nothing: the engine is made for the first weights.
 
@@ -54,6 +55,8 @@ class EngineSampler:
       max_length: tokens of the longest prompt with its completion.
       max_sequences: the most completions that are asked for at once.
       numerics: fast | invariant, see `EngineConfig.numerics`.
+      devices: devices that share the model of the engine; none: the first one
+        of this process.
     """
     self._config, self._tokenizer, self._dtype = config, tokenizer, dtype
     at_once = min(max_sequences, _MOST_SEQUENCES)
@@ -66,7 +69,9 @@ class EngineSampler:
       max_waiting=max(1024, 2 * max_sequences),
       stream_seconds=0.0,
       numerics=numerics,
+      tensor=max(len(devices), 1),
     )
+    self._devices = tuple(devices) or tuple(jax.devices()[:1])
     self.engine: engine_lib.Engine | None = None
     self._copy_into: Any = None  # a compiled function, see `_copier`
     self._version = -1
@@ -84,8 +89,10 @@ class EngineSampler:
     own = {_MODEL: params[_MODEL]}
     with self._stepping:
       if self.engine is None:
-        self.engine = self._made(_copied(own, jax.devices()[0]))
+        self.engine = self._made(_copied(own, self._devices[0]))
         self._copy_into = _copier(self.engine)
+      elif len(self._devices) > 1:
+        self.engine.set_params(own, str(version))
       else:
         _take(self.engine, own, self._copy_into, str(version))
       self._version = version
@@ -139,6 +146,7 @@ class EngineSampler:
       dtype=jnp.dtype(self._dtype),
       config=self._engine_config,
       compile_all=False,
+      devices=self._devices,
     )
 
   def _sample(self, completion: requests_lib.Completion) -> sampling.Sample:
@@ -224,4 +232,5 @@ def make(model: Any) -> EngineSampler:
     max_length=model.max_length,
     max_sequences=model.max_sequences,
     numerics=model.numerics,
+    devices=model.devices,
   )

@@ -39,6 +39,7 @@ from training.frozen_inputs import frozen_models, reference
 from training.objectives import port
 from training.rollouts import (
   batches as rollout_batches,
+  devices as rollout_devices,
   held_out as held_out_lib,
   sampler as sampler_lib,
   wiring,
@@ -140,7 +141,7 @@ def assemble(
   """
   if experiment.rollouts is not None:
     make_sampler = wiring.check(experiment, make_sampler)
-  learner = learner_lib.make(experiment)
+  learner = learner_lib.make(experiment, rollout_devices.training(experiment))
   data = experiment.data
   documents = documents or open_documents(experiment)
   tokenizer = open_tokenizer(workdir, experiment, documents)

@@ -85,6 +85,7 @@ class Engine:
     config: engine_config.EngineConfig = engine_config.EngineConfig(),
     compile_all: bool = True,
     draft: draft_model.Weights | None = None,
+    devices: Sequence[jax.Device] | None = None,
   ):
     """Allocates the KV cache and compiles the programs.
 
@@ -99,6 +100,8 @@ class Engine:
       compile_all: False compiles the few programs that every step can use. The
         others are left to `compile_rest`.
       draft: the model that drafts, with speculation by a model.
+      devices: devices that share the model, with `config.tensor`; None: the
+        first ones of this process.
     """
     params = device_state.unread(params)
     self.config = config
@@ -106,7 +109,11 @@ class Engine:
     self.weights_digest, self.tokenizer = weights_digest, tokenizer
     self.metrics, self._last_gauged = metrics.Metrics(), 0.0
     self.placement = placement_lib.make(
-      config, self.model_config, params, vocab_size=tokenizer.vocab_size
+      config,
+      self.model_config,
+      params,
+      vocab_size=tokenizer.vocab_size,
+      devices=devices,
     )
     self.device = device = self.placement.device
     self.context = config.context(model_config.max_length)

@@ -18,6 +18,7 @@ from models import flops
 from parallel import parallel_config, placement as placement_lib
 from training import experiment as experiment_lib, learner as learner_lib
 from training.planning import choices, memory, scaling_laws
+from training.rollouts import devices as rollout_devices
 
 # Assumed model FLOPs utilisation (MFU): the share of the peak that a run
 # reaches. Llama 3 405B reports 38 to 43 % on up to 16,384 H100
@@ -199,7 +200,9 @@ def make(
   is_here = target_name == targets.HERE
   target = None if is_here else targets.parse(target_name)
   try:
-    devices = targets.devices(target) if target else None
+    devices = rollout_devices.training(
+      experiment, targets.devices(target) if target else None
+    )
     chosen = choices.make(experiment, devices)
     learner = learner_lib.make(chosen.experiment, devices)
   except ValueError as error:

@@ -64,6 +64,10 @@ class RolloutConfig:
   # weights from before the last S batches draw it, which needs a copy of them
   # and an objective that corrects for it. See training/rollouts/draws/ahead.py.
   staleness: int = 0
+  # Devices that only sample: the last ones of the run, which share the
+  # sampler's model. The others train. 0: the sampler has its copy of the
+  # weights on the first device that trains. See training/rollouts/devices.py.
+  sampler_devices: int = 0
   # Whether groups whose answers all have the same reward, which teach nothing,
   # are replaced by groups of further prompts (DAPO's dynamic sampling,
   # arXiv:2503.14476, section 3.2).
@@ -106,6 +110,7 @@ class RolloutConfig:
       ('max_tokens', 1),
       ('inner_epochs', 1),
       ('staleness', 0),
+      ('sampler_devices', 0),
       ('max_refills', 0),
       ('overlong_tokens', 0),
       ('samples_every', 0),

@@ -7,6 +7,8 @@ training never imports inference. `evals/sampling.py` has the port.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+
 from evals import sampling
 from models import model_config as model_config_lib
 from text import tokenizer as tokenizer_lib
@@ -21,6 +23,7 @@ class ModelOfRun(NamedTuple):
   max_length: int  # tokens of the longest prompt with its completion
   max_sequences: int  # completions of a rollout batch
   numerics: str  # fast | invariant
+  devices: tuple[jax.Device, ...]  # of the sampler, one at least
 
 
 MakeSampler = Callable[[ModelOfRun], sampling.Sampler]

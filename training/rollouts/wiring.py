@@ -17,6 +17,7 @@ from training import (
 )
 from training.rollouts import (
   batches as batches_lib,
+  devices,
   held_out as held_out_lib,
   rewards as rewards_lib,
   rollout_config,
@@ -95,6 +96,7 @@ def wire(
       max_length=data.row_length,
       max_sequences=config.num_prompts * group_size,
       numerics=config.numerics,
+      devices=devices.sampling(experiment),
     )
   )
   config = _with_weights(config, sampler)
