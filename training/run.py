@@ -50,12 +50,7 @@ from training.reporting import (
   reporter,
   summary,
 )
-from training.rollouts import (
-  batches as rollout_batches,
-  devices as rollout_devices,
-  reports,
-  sampler,
-)
+from training.rollouts import batches as rollout_batches, reports, sampler
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,11 +100,7 @@ def run(
   )
   experiment.validate()
   asked = _Asked(stop_after, make_sampler)
-  chosen = choices.make(
-    experiment,
-    rollout_devices.training(experiment),
-    before=workdir_lib.config_before(workdir),
-  )
+  chosen = choices.make(experiment, before=workdir_lib.config_before(workdir))
   experiment = chosen.experiment
   # Each process has chosen from the devices and the run.json that it sees.
   processes.check_same('chosen', json.dumps(experiment.to_dict()))

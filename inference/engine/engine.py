@@ -100,25 +100,21 @@ class Engine:
       compile_all: False compiles the few programs that every step can use. The
         others are left to `compile_rest`.
       draft: the model that drafts, with speculation by a model.
-      devices: devices that share the model, with `config.tensor`; None: the
-        first ones of this process.
+      devices: of which `config.tensor` share the model; None: all here.
     """
     params = device_state.unread(params)
     self.config = config
     self.model_config = dataclasses.replace(model_config, scan_layers=False)
     self.weights_digest, self.tokenizer = weights_digest, tokenizer
     self.metrics, self._last_gauged = metrics.Metrics(), 0.0
+    vocab_size = tokenizer.vocab_size
     self.placement = placement_lib.make(
-      config,
-      self.model_config,
-      params,
-      vocab_size=tokenizer.vocab_size,
-      devices=devices,
+      config, self.model_config, params, devices, vocab_size=vocab_size
     )
     self.device = device = self.placement.device
     self.context = config.context(model_config.max_length)
     self.page_tokens = config.page_tokens(self.context)
-    served, vocab_size = self.placement.model, tokenizer.vocab_size
+    served = self.placement.model
     self.draft = draft_model.made(draft, config, self.placement)
     self.backend = backend = _backend(
       self.placement, config, params, dtype, self.draft
@@ -156,13 +152,13 @@ class Engine:
     self._flight: flight_lib.Flight | None = None
     self._grammars = grammars.Grammars(tokenizer)
     self._feeder, self._ids = feeding.Feeder(self), itertools.count()
-    self._speculator = speculating.Speculator(
-      config, self._programs, self.manager, self.metrics, self.draft
-    )
     self._answers = self._opened_answers()
     self._live = self._answers.live
 
   def _opened_answers(self) -> landing.Answers:
+    self._speculator = speculating.Speculator(
+      self.config, self._programs, self.manager, self.metrics, self.draft
+    )
     self._accounts = accounts.Accounts(
       self.metrics, self.model_config, self.page_bytes
     )

@@ -35,6 +35,7 @@ from training import (
   learner as learner_lib,
 )
 from training.planning import memory
+from training.rollouts import devices as rollout_devices
 
 _AGAIN = {'none': 0.0, 'minimal': 0.1, 'full': 0.2}
 _ASSUMED_MFU = 0.5
@@ -57,13 +58,14 @@ def make(
   """Returns the choices for a run on the devices.
 
   Args:
-    devices: devices of the run or of an ahead-of-time target; None: all.
+    devices: devices that train, of the run or of an ahead-of-time target; None:
+      all but those that only sample.
     before: `config` in run.json, for a run that is resumed.
 
   Raises:
     ValueError: model, batch and devices do not fit each other.
   """
-  devices = list(devices or jax.devices())
+  devices = list(devices or rollout_devices.training(experiment))
   asked = experiment
   experiment, kept = _as_before(experiment, before)
   if devices[0].platform == 'cpu':

@@ -341,9 +341,9 @@ def make(
   config: engine_config.EngineConfig,
   model: model_config.ModelConfig,
   params: device_state.Unread,
+  devices: Sequence[jax.Device] | None = None,
   *,
   vocab_size: int,
-  devices: Sequence[jax.Device] | None = None,
 ) -> Placement:
   """Returns the placement of a model.
 
@@ -351,8 +351,8 @@ def make(
     config: of the engine.
     model: with separate layers.
     params: of the model.
-    vocab_size: V, ids that may be sampled.
     devices: of the engine; None: the first ones of this process.
+    vocab_size: V, ids that may be sampled.
 
   Raises:
     ValueError: there are too few devices, or something of the config or of the
