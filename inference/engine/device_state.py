@@ -1,11 +1,12 @@
 """The state of an engine on the device: the KV cache and the slots."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from inference.sampling import penalties, sampler as sampler_lib
 from models import axes, kv_cache as kv_cache_lib, transformer
@@ -123,12 +124,42 @@ def init_state(
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))
-def seat(slots: Slots, slot: jax.Array, row: sampler_lib.Sampler) -> Slots:
-  """Gives a slot the settings of a sequence. Donates `slots`."""
+def seat(slots: Slots, seats_SW: jax.Array) -> Slots:
+  """Gives slots the settings of sequences. Donates `slots`.
+
+  Args:
+    slots: of the engine.
+    seats_SW: of `seats`.
+  """
+  slots_S = seats_SW[:, 0]
   return slots._replace(
-    has_ended_B=slots.has_ended_B.at[slot].set(False),
-    sampler=sampler_lib.put(slots.sampler, slot, row),
+    has_ended_B=slots.has_ended_B.at[slots_S].set(False),
+    sampler=sampler_lib.put(slots.sampler, slots_S, seats_SW[:, 1:]),
   )
+
+
+def seats(
+  rows: Sequence[tuple[int, sampler_lib.Sampler]], size: int, padding_slot: int
+) -> np.ndarray:
+  """Returns slots and the settings of their sequences, int32 [size, 1 + W].
+
+  Args:
+    rows: slots and settings, `size` at most.
+    size: number of rows.
+    padding_slot: the slot of the rows that are left, which no sequence has.
+  """
+  seats_SW = np.tile(_idle_seat(padding_slot), (size, 1))
+  if rows:
+    seats_SW[: len(rows), 0] = [slot for slot, _ in rows]
+    seats_SW[: len(rows), 1:] = sampler_lib.words([row for _, row in rows])
+  return seats_SW
+
+
+@functools.cache
+def _idle_seat(slot: int) -> np.ndarray:
+  """Returns a slot and the settings of no sequence, int32 [1 + W]."""
+  (idle_W,) = sampler_lib.words([sampler_lib.idle()])
+  return np.concatenate([np.array([slot], np.int32), idle_W])
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))

@@ -405,9 +405,9 @@ class Engine:
     self.metrics.preemptions.inc(len(step.preempted))
     for sequence in step.preempted:
       self._live[sequence].usage.preemptions += 1
-    for sequence in step.seated:
-      live = self._live[sequence]
-      self._state = flight_lib.seat(live, self._programs, self._state)
+    seated = [self._live[sequence] for sequence in step.seated]
+    self._state = flight_lib.seat(seated, self._programs, self._state)
+    for live in seated:
       if live.seated_at is None:
         live.begin(now)
         self.metrics.queue.observe(live.usage.queue_seconds)

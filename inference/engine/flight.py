@@ -15,7 +15,7 @@ spell them, and taking one without sampling would change the distribution. The
 metric `constraint_forced_tokens` counts masks of one token.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import time
@@ -149,18 +149,21 @@ def _verified(
 
 
 def seat(
-  live: answer.Live,
+  seated: Sequence[answer.Live],
   programs: programs_lib.Programs,
   state: device_state.State,
 ) -> device_state.State:
-  """Writes the settings of a sequence to its slot. Donates `state`."""
-  sequence = live.sequence
-  assert sequence.slot is not None
-  state = programs.seat(state, sequence.slot, live.sampler_row())
-  if live.has_penalties:
-    state = programs.recount(
-      state, sequence.slot, sequence.tokens, sequence.num_prompt
-    )
+  """Writes the settings of sequences to their slots. Donates `state`."""
+  rows, counted = [], []
+  for live in seated:
+    sequence = live.sequence
+    assert sequence.slot is not None
+    rows.append((sequence.slot, live.sampler_row()))
+    if live.has_penalties:
+      counted.append((sequence.slot, sequence))
+  state = programs.seat(state, rows)
+  for slot, sequence in counted:
+    state = programs.recount(state, slot, sequence.tokens, sequence.num_prompt)
   return state
 
 

@@ -154,11 +154,35 @@ def take(sampler: Sampler, slots_R: jax.Array) -> Sampler:
   return jax.tree.map(lambda field: field[slots_R], sampler)
 
 
-def put(sampler: Sampler, slot: jax.Array, row: Sampler) -> Sampler:
-  """Gives a slot the settings of one sequence."""
-  row = row._replace(key_B=_keys(row.key_B))
+def words(rows: Sequence[Sampler]) -> np.ndarray:
+  """Returns the settings of S sequences as one array, int32 [S, W].
+
+  It holds the bits of all fields, one after another: one array travels to the
+  device in place of fourteen.
+  """
+  return np.stack(
+    [
+      np.concatenate([np.ravel(field).view(np.int32) for field in row])
+      for row in rows
+    ]
+  )
+
+
+def put(sampler: Sampler, slots_S: jax.Array, words_SW: jax.Array) -> Sampler:
+  """Gives slots the settings of sequences, which are those of `words`.
+
+  Where a slot is named more than once, its settings must be the same.
+  """
+  fields, start = [], 0
+  for field in idle():
+    part_SW = words_SW[:, start : start + field.size]
+    part = jax.lax.bitcast_convert_type(part_SW, field.dtype)
+    fields.append(part.reshape(len(words_SW), *field.shape))
+    start += field.size
+  rows = Sampler(*fields)
+  rows = rows._replace(key_B=_keys(rows.key_B))
   return jax.tree.map(
-    lambda into, field: into.at[slot].set(field), sampler, row
+    lambda into, field: into.at[slots_S].set(field), sampler, rows
   )
 
 

@@ -23,11 +23,11 @@ from inference.engine.compiled import (
   layouts as layouts_lib,
   verification,
 )
-from inference.sampling import sampler as sampler_lib
 from models import kv_cache as kv_cache_lib, transformer
 from models.layers import adapters as adapters_lib
 
 COPIES = 8  # pages that one call of `copy_pages` copies
+SEATS = 16  # sequences that one call of `seat` gives a slot
 copy_pages = jax.jit(kv_cache_lib.copy_pages, donate_argnums=0)
 
 
@@ -74,9 +74,8 @@ class Lowering:
     params, (kv_cache, slots) = self.params, self.state
     slot, ids_T = np.int32(0), np.zeros((self.context,), np.int32)
     if key == 'seat':
-      return self.placement.lower(
-        device_state.seat, slots, slot, sampler_lib.idle()
-      )
+      seats_SW = device_state.seats([], SEATS, padding_slot=0)
+      return self.placement.lower(device_state.seat, slots, seats_SW)
     if key == 'adapt':
       table = params[adapters_lib.COLLECTION]
       return self.placement.lower(

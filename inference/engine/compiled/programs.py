@@ -11,6 +11,7 @@ also samples; after a prefill another program does, since the filters of the
 sampler take longer to compile than a layer of the model.
 """
 
+from collections.abc import Sequence
 from concurrent import futures
 from typing import Any, NamedTuple, Protocol
 
@@ -429,10 +430,16 @@ class Programs:
     )
 
   def seat(
-    self, state: device_state.State, slot: int, row: sampler_lib.Sampler
+    self,
+    state: device_state.State,
+    rows: Sequence[tuple[int, sampler_lib.Sampler]],
   ) -> device_state.State:
-    """Gives a slot the settings of a sequence. Donates the slots of `state`."""
-    slots = self._compiled['seat'](state.slots, np.int32(slot), row)
+    """Gives slots the settings of sequences. Donates the slots of `state`."""
+    slots = state.slots
+    for start in range(0, len(rows), lowering.SEATS):
+      some = rows[start : start + lowering.SEATS]
+      seats_SW = device_state.seats(some, lowering.SEATS, self._padding_slot)
+      slots = self._compiled['seat'](slots, seats_SW)
     return state._replace(slots=slots)
 
   def recount(

@@ -55,7 +55,9 @@ def test_prefill_and_decode_steps_are_the_full_forward():
   row = sampler_lib.row(
     greedy, num_prompt_tokens=len(_PROMPT), seed=0, eos_id=None
   )
-  slots = device_state.seat(state.slots, np.int32(1), row)
+  slots = device_state.seat(
+    state.slots, device_state.seats([(1, row)], 4, padding_slot=2)
+  )
   kv_cache, ids, found = state.kv_cache, list(_PROMPT), []
   static = {'model': model, 'vocab_size': _VOCAB}
   for _ in range(4):

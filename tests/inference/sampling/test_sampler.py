@@ -371,10 +371,10 @@ def test_no_setting_compiles_anything():
   num_traces = 0
 
   @jax.jit
-  def step(sampler, slot, row):
+  def step(sampler, slots_S, words_SW):
     nonlocal num_traces
     num_traces += 1
-    sampler = sampler_lib.put(sampler, slot, row)
+    sampler = sampler_lib.put(sampler, slots_S, words_SW)
     logits_BV = jnp.ones((2, 30))
     seen_BV = jnp.zeros((2, 30), jnp.int32)
     positions_B = jnp.array([9, 9])
@@ -390,8 +390,10 @@ def test_no_setting_compiles_anything():
       {'min_tokens': 2**31 - 1},
     )
   ):
-    sampler, _ = step(sampler, np.int32(slot % 2), _row(**chosen))
-  sampler, _ = step(sampler, np.int32(0), sampler_lib.idle())
+    words_1W = sampler_lib.words([_row(**chosen)])
+    sampler, _ = step(sampler, np.array([slot % 2]), words_1W)
+  words_1W = sampler_lib.words([sampler_lib.idle()])
+  sampler, _ = step(sampler, np.array([0]), words_1W)
   assert num_traces == 1
 
 
@@ -440,13 +442,13 @@ def test_put_and_take_move_rows():
   rows = [_row(seed=5, **chosen) for chosen in _COMPOSITIONS]
   sampler = sampler_lib.empty(4)
   put = jax.jit(sampler_lib.put)
-  for slot, row in zip((2, 0), rows, strict=True):
-    sampler = put(sampler, np.int32(slot), row)
+  sampler = put(sampler, np.array([2, 0]), sampler_lib.words(rows))
   taken = sampler_lib.take(sampler, jnp.array([2, 0, 3]))
   assert _equal(taken, sampler_lib.stack([*rows, sampler_lib.idle()]))
   # A slot that was given back is like one that was never used.
   for slot in (2, 0):
-    sampler = put(sampler, np.int32(slot), sampler_lib.idle())
+    idle_1W = sampler_lib.words([sampler_lib.idle()])
+    sampler = put(sampler, np.array([slot]), idle_1W)
   assert _equal(sampler, sampler_lib.empty(4))
 
 

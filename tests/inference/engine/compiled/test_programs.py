@@ -47,6 +47,11 @@ def _host(tree):
   return jax.tree.map(np.array, tree)
 
 
+def _settings(sampler):
+  words = jax.random.key_data(sampler.key_B)
+  return _host(sampler._replace(key_B=words))
+
+
 @pytest.mark.slow
 def test_a_step_has_the_smallest_shape_that_holds_it(programs):
   assert programs.shapes == [(0, 1), (0, 2), (2, 0), (2, 1), (8, 0), (8, 1)]
@@ -148,6 +153,49 @@ def test_a_step_of_padding_changes_nothing_that_is_anybodys(
     np.testing.assert_array_equal(old[:8], new[:8])  # the ninth slot is padding
 
 
+def test_a_crowd_is_seated_by_few_calls(programs, state, monkeypatch):
+  """A call takes 16 sequences; all of their settings arrive."""
+  rng = np.random.default_rng(0)
+  rows = [
+    sampler_lib.row(
+      settings.Settings(
+        temperature=float(rng.random()),
+        top_k=i,
+        top_p=0.5 + i / 20,
+        min_p=i / 30,
+        repetition_penalty=1 + i / 7,
+        presence_penalty=-i / 9,
+        frequency_penalty=i / 8,
+        logit_bias=((i, -3.5), (40, i / 3)),
+        stop_ids=(i, 77),
+        min_tokens=i,
+        logprobs=i or None,
+      ),
+      num_prompt_tokens=3 + i,
+      seed=2**63 + i,
+      eos_id=None if i % 2 else 257,
+    )
+    for i in range(8)
+  ]
+  expected = _settings(sampler_lib.stack([*rows, sampler_lib.idle()]))
+  calls = []
+  seat = programs._compiled['seat']
+  monkeypatch.setitem(
+    programs._compiled, 'seat', lambda *args: calls.append(1) or seat(*args)
+  )
+  order = rng.permutation(8)
+  state = programs.seat(state, [(int(i), rows[i]) for i in order])
+  assert len(calls) == 1
+  found = _settings(state.slots.sampler)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  assert state.slots.has_ended_B.tolist() == [False] * 9
+  many = [(int(i) % 8, rows[int(i) % 8]) for i in range(40)]
+  state = programs.seat(state, many)
+  assert len(calls) == 1 + 3
+  found = _settings(state.slots.sampler)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_a_slot_is_given_with_its_settings_and_its_counts(programs, state):
   before = _host((state.slots.last_B, state.slots.seen_BV))
   row = sampler_lib.row(
@@ -156,7 +204,7 @@ def test_a_slot_is_given_with_its_settings_and_its_counts(programs, state):
     seed=11,
     eos_id=257,
   )
-  state = programs.seat(state, 6, row)
+  state = programs.seat(state, [(6, row)])
   state = programs.recount(state, 6, [5, 5, 9, 9, 9, 2], 3)
   seen_BV = np.asarray(state.slots.seen_BV)
   counts = {5: penalties.PROMPT_FLAG, 9: penalties.PROMPT_FLAG + 2, 2: 1}
@@ -166,7 +214,8 @@ def test_a_slot_is_given_with_its_settings_and_its_counts(programs, state):
   others = np.arange(9) != 6
   np.testing.assert_array_equal(seen_BV[others], before[1][others])
   np.testing.assert_array_equal(state.slots.last_B, before[0])
-  ended = [True] * 6 + [False] + [True] * 2
+  # The ninth slot is padding, and takes the rows of a call that are left.
+  ended = [True] * 6 + [False, True, False]
   assert state.slots.has_ended_B.tolist() == ended
   sampler = state.slots.sampler
   assert sampler.temperature_B.tolist() == [0] * 6 + [0.5] + [0] * 2
