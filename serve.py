@@ -12,6 +12,13 @@
 DIR is a frozen directory: `train.py` writes one, and so does
 `python -m frozen.freeze`. A setting without a flag is as DIR recommends.
 
+To share one engine between machines, start the same command on each, as with
+train.py; process 0 answers, and the others compute with it. --engine.tensor is
+the number of all devices, and DIR has the same weights everywhere:
+
+    python serve.py --model=DIR --port=8000 --engine.tensor=16 \\
+      --coordinator=10.0.0.1:8476 --num_processes=2 --process_id=0  # then 1
+
 --port answers every client that can reach it, so that without keys it listens
 on loopback addresses only. `python -m inference.server.keys` makes keys in the
 file of --records, with limits and a budget each; --api_keys=FILE reads lines
@@ -19,9 +26,12 @@ file of --records, with limits and a budget each; --api_keys=FILE reads lines
 `python -m inference.server.usage` sums up what the records say of them.
 """
 
+from collections.abc import Callable
 import gc
+import os
 import pathlib
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -32,6 +42,7 @@ from hardware import compilation_cache, host_memory
 from inference import flags as flags_lib
 from inference.constraints import flags as constraint_flags
 from inference.engine import engine_config
+from inference.engine.processes import options as processes_options
 from inference.sampling import settings as settings_lib
 from inference.search import options as search_options
 from inference.server import server_config
@@ -51,10 +62,14 @@ _ENGINE = flags_lib.Group(
 _SERVER = flags_lib.Group(
   config=server_config.ServerConfig, prefix='server.', ways=('port',)
 )
+_PROCESSES = flags_lib.Group(
+  config=processes_options.Options, ways=('prompt', 'chat', 'port', 'eval')
+)
 _SEARCH = flags_lib.Group(config=search_options.Options, ways=('prompt',))
 _EVAL = flags_lib.Group(
   config=eval_options.Options, prefix='eval.', ways=('eval',)
 )
+_GROUPS = _SETTINGS, _ENGINE, _PROCESSES, _SERVER, _EVAL, _SEARCH
 _OF_PORT = (
   *('host', 'name', 'api_keys', 'records', 'receipts', 'receipts_key'),
   *('insecure', 'replicas', 'drain_seconds'),
@@ -98,31 +113,35 @@ def main(argv: list[str]) -> None:
       return
     host_memory.reuse_freed_memory(one_heap=False)
     gc.disable()  # until `_load` has made what stays: a seventh of the start
-    _cache_compilations()
+    shared = processes_options.Options(**_PROCESSES.given())
+    cluster = shared.cluster(os.environ)
+    _cache_compilations(is_alone=cluster is None)
     if way == 'port':
-      _listen()
-    elif way == 'chat':
-      from inference import terminal_chat
-
-      terminal_chat.run(
-        _load_small(1),
-        _SETTINGS.given(),
-        read=input,
-        write=_show,
-        system=FLAGS.system,
-      )
-    elif way == 'eval':
-      _evaluate()
-    elif given := _SEARCH.given():
-      chosen = _SETTINGS.given() | constraint_flags.given()
-      _search(FLAGS.prompt, chosen, search_options.Options(**given))
+      _listen(cluster, shared)
     else:
-      _complete(FLAGS.prompt, _SETTINGS.given() | constraint_flags.given())
+      _with_others(cluster, shared, lambda leader: _answer(way, leader))
   except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
     _fail(str(error))
   except KeyboardInterrupt:
     print()
     sys.exit(130)  # what a shell expects after Ctrl-C
+
+
+def _with_others(
+  cluster, shared: processes_options.Options, answer: Callable[[Any], None]
+) -> None:
+  """Answers in the first of several processes, or in the only one."""
+  from inference.engine.processes import follower, joined
+
+  timeout = shared.heartbeat_timeout_s
+  joined.run(
+    cluster,
+    answer,
+    follow=lambda: follower.follow(
+      FLAGS.model, _ENGINE.given(), heartbeat_timeout_s=timeout
+    ),
+    heartbeat_timeout_s=timeout,
+  )
 
 
 def _plan() -> str:
@@ -140,77 +159,45 @@ def _is_asked(value) -> bool:
   return value is not None and value is not False  # --port=0 asks
 
 
-def _complete(prompt: str, chosen) -> None:
-  """Streams the completion of a prompt, then reports speed and digests."""
-  from frozen import format as frozen_format
-  from frozen.quantize import quality
-  from inference.output import speed
+def _answer(way: str, leader) -> None:
+  """Answers in the terminal; `leader` is that of several processes, or None."""
+  from inference import terminal_prompt
 
-  generator = _load_small(FLAGS.n or 1)
-  before = generator.frozen.manifest.weights_digest  # verified by `load`
-  ids, settings = _asked(generator, prompt, chosen)
-  updates = generator.updates([ids], settings)
-  if FLAGS.system is None:
-    _show(prompt)
-  done = {}
-  for _, update in updates:
-    if settings.n == 1:
-      _show(update.text)
-    if update.completion:
-      done[update.index] = update.completion
-  after = generator.weights_digest()
-  is_same = before == after
-  print('\n')
-  completions = [done[index] for index in sorted(done)]
-  for completion in completions:
-    completion.check()
-  if settings.n > 1:
-    for completion in completions:
-      print(f'--- seed {completion.seed}\n{completion.text}\n')
-  print(speed.text(completions, generator.engine.compile_seconds))
-  print(f'memory          {generator.memory_text()}')
-  if storage := frozen_format.storage_text(generator.frozen.manifest):
-    print(f'stored          {storage}')
-    print(f'products        {generator.products_text()}')
-  if measured := quality.told(generator.frozen.manifest):
-    print(f'quality         {measured}')
-  if generator.adapter:
-    print(f'adapter         {generator.adapter_digest} ({FLAGS.adapter})')
-  print(f'weights before  {before}')
-  print(f'weights after   {after}  {"unchanged" if is_same else "CHANGED"}')
-  if not is_same:
-    _fail('the weights changed while they were used; report this as a bug')
+  shown: Any = {
+    'write': _show,
+    'warn': lambda text: print(text, file=sys.stderr),
+    'system': FLAGS.system,
+  }
+  if way == 'chat':
+    from inference import terminal_chat
+
+    terminal_chat.run(
+      _load_small(1, leader),
+      _SETTINGS.given(),
+      read=input,
+      write=_show,
+      system=FLAGS.system,
+    )
+  elif way == 'eval':
+    _evaluate(leader)
+  elif given := _SEARCH.given():
+    from inference.search import prompt as prompt_search
+
+    options = search_options.Options(**given)
+    specs = prompt_search.check(options, FLAGS.n)
+    num = max(each.num_sequences for each in specs)
+    chosen = _SETTINGS.given() | constraint_flags.given()
+    generator = _load_small(min(num, 16), leader)
+    terminal_prompt.search(generator, FLAGS.prompt, chosen, options, **shown)
+  else:
+    chosen = _SETTINGS.given() | constraint_flags.given()
+    generator = _load_small(FLAGS.n or 1, leader)
+    terminal_prompt.complete(
+      generator, FLAGS.prompt, chosen, adapter=FLAGS.adapter, **shown
+    )
 
 
-def _search(prompt: str, chosen, options: search_options.Options) -> None:
-  """Answers a prompt with a strategy, then prints the receipt."""
-  from inference.search import prompt as prompt_search
-
-  specs = prompt_search.check(options, FLAGS.n)
-  num_sequences = max(each.num_sequences for each in specs)
-  generator = _load_small(min(num_sequences, 16))
-  ids, settings = _asked(generator, prompt, chosen)
-  found = prompt_search.search(generator, prompt, ids, settings, options)
-  if FLAGS.system is None:
-    _show(prompt)
-  _show(found.chosen.text if found.chosen else '')
-  print(f'\n\n{prompt_search.told(found)}')
-
-
-def _asked(generator, prompt: str, chosen):
-  """Returns the ids of a prompt, or of a chat that it begins; and settings."""
-  from inference import chat_prompts, terminal_chat
-
-  if FLAGS.system is not None:
-    ids = terminal_chat.Talk(generator, FLAGS.system).ask(prompt).ids
-    return ids, chat_prompts.settings_for(generator, ids, chosen)
-  if warning := generator.warning(prompt):
-    print(f'warning: {warning}', file=sys.stderr)
-  ids = generator.prompt_ids(prompt)
-  return ids, generator.settings_for(ids, **chosen)
-
-
-def _evaluate() -> None:
+def _evaluate(leader) -> None:
   """Runs a task on the engine, and prints its scores with their errors."""
   from evals import evaluate
   from evals.results import report
@@ -219,7 +206,7 @@ def _evaluate() -> None:
   # Files are read first, so that a wrong one is refused before weights load.
   task = evaluate.open_task(FLAGS.eval, eval_options.Options(**_EVAL.given()))
   # Of a reward model, tasks that need another function say so.
-  generator = _load(_engine_config(), is_for_rewards=True)
+  generator = _load(_engine_config(), leader, is_for_rewards=True)
   result = task.run(model_port.evaluated(generator))
   print(report.text(result))
   if FLAGS.eval_out:
@@ -227,7 +214,7 @@ def _evaluate() -> None:
     print(f'saved {FLAGS.eval_out}; python -m evals.compare A.json B.json')
 
 
-def _listen() -> None:
+def _listen(cluster, shared: processes_options.Options) -> None:
   """Serves HTTP until a signal stops the server."""
   if not FLAGS.host.strip():
     # An unset variable. The system would take it for all addresses.
@@ -238,26 +225,30 @@ def _listen() -> None:
     from inference.server import start
   except ModuleNotFoundError as error:
     _fail(f'{error}; for --port: pip install -r requirements-serve.txt')
-  start.serve(
-    start.Options(
-      directory=FLAGS.model,
-      name=_served_name(manifest_lib.read(pathlib.Path(FLAGS.model))),
-      engine=_engine_config(),
-      limits=server_config.ServerConfig(
-        drain_seconds=FLAGS.drain_seconds, **_SERVER.given()
-      ),
-      host=FLAGS.host,
-      port=FLAGS.port,
-      adapters=FLAGS.adapters,
-      api_keys=FLAGS.api_keys,
-      records=FLAGS.records,
-      has_receipts=FLAGS.receipts,
-      receipts_key=FLAGS.receipts_key,
-      is_insecure=FLAGS.insecure,
-      replicas=FLAGS.replicas,
-      compilation_cache=FLAGS.compilation_cache,
-    )
+  limits = {'drain_seconds': FLAGS.drain_seconds, **_SERVER.given()}
+  if cluster:  # the default audits some answers
+    limits.setdefault('audit_share', 0.0)
+  options = start.Options(
+    directory=FLAGS.model,
+    name=_served_name(manifest_lib.read(pathlib.Path(FLAGS.model))),
+    engine=_engine_config(),
+    limits=server_config.ServerConfig(**limits),
+    host=FLAGS.host,
+    port=FLAGS.port,
+    adapters=FLAGS.adapters,
+    api_keys=FLAGS.api_keys,
+    records=FLAGS.records,
+    has_receipts=FLAGS.receipts,
+    receipts_key=FLAGS.receipts_key,
+    is_insecure=FLAGS.insecure,
+    replicas=FLAGS.replicas,
+    compilation_cache=FLAGS.compilation_cache,
+    heartbeat_timeout_s=shared.heartbeat_timeout_s,
+    cluster=cluster,
   )
+  if cluster and cluster.process_id:
+    sys.exit(start.follow(options, _ENGINE.given()))
+  start.serve(options)
 
 
 def _served_name(manifest) -> str:
@@ -273,7 +264,7 @@ def _served_name(manifest) -> str:
   return manifest.name if directory == file_names.FROZEN else directory
 
 
-def _load(config: engine_config.EngineConfig, **how):
+def _load(config: engine_config.EngineConfig, leader, **how):
   from inference import adapters, generate
 
   named = adapters.parsed(FLAGS.adapters)
@@ -282,7 +273,9 @@ def _load(config: engine_config.EngineConfig, **how):
       f'--adapter: got {FLAGS.adapter!r}, expected one of the names of'
       f' --adapters: {", ".join(named) or "none"}'
     )
-  generator = generate.load(FLAGS.model, config, adapters=named, **how)
+  generator = generate.load(
+    FLAGS.model, config, adapters=named, leader=leader, **how
+  )
   if FLAGS.adapter is not None:
     generator = generator.adapted(FLAGS.adapter)
   gc.freeze()  # it stays: the collector need not walk it
@@ -290,7 +283,7 @@ def _load(config: engine_config.EngineConfig, **how):
   return generator
 
 
-def _load_small(num_sequences: int):
+def _load_small(num_sequences: int, leader=None):
   """Loads an engine that compiles quickly, with few sequences and shapes."""
   return _load(
     _engine_config(
@@ -299,7 +292,8 @@ def _load_small(num_sequences: int):
       chunk_tokens=128,
       max_chunks=1,
       max_mixed_chunks=1,
-    )
+    ),
+    leader,
   )
 
 
@@ -319,10 +313,14 @@ def _engine_config(**defaults) -> engine_config.EngineConfig:
   return engine_config.EngineConfig(**{**defaults, **given})
 
 
-def _cache_compilations() -> None:
+def _cache_compilations(*, is_alone: bool) -> None:
   """Keeps compiled programs on disk, for the next start."""
-  directory = compilation_cache.directory_of(FLAGS.compilation_cache)
-  if directory:
+  given = FLAGS.compilation_cache
+  # As train.py does: GPUs of several processes share the work of tuning, so
+  # they must find the same programs, in a directory of all of them.
+  is_given = given is not None or compilation_cache.VARIABLE in os.environ
+  directory = compilation_cache.directory_of(given)
+  if directory and (is_given or is_alone):
     compilation_cache.use(directory)
 
 
@@ -330,7 +328,7 @@ def _heeded_by(name: str) -> tuple[str, ...]:
   """Returns the ways of asking that a flag matters to."""
   if name in _HEEDED_BY:
     return _HEEDED_BY[name]
-  for group in (_SETTINGS, _ENGINE, _SERVER, _EVAL, _SEARCH):
+  for group in _GROUPS:
     if name in group.fields:
       return group.ways
   return _WAYS
@@ -427,7 +425,7 @@ def _define_flags() -> None:
   )
   path('compilation_cache', None, compilation_cache.HELP)
   _define_server_flags()
-  for group in (_SETTINGS, _ENGINE, _SERVER, _EVAL, _SEARCH):
+  for group in _GROUPS:
     group.define()
 
 

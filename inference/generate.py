@@ -27,6 +27,7 @@ from checks import expect
 from frozen import adapters as frozen_adapters, format as frozen_format
 from inference import adapters as adapters_lib, drafts
 from inference.engine import device_state, engine as engine_lib, engine_config
+from inference.engine.processes import leader as leader_lib
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models import axes, layout
@@ -47,6 +48,7 @@ class Generator:
     compile_all: bool = True,
     adapters: abc.Mapping[str, frozen_adapters.Adapter] | None = None,
     engine: abc.Callable[[tokenizer_lib.Tokenizer], Any] | None = None,
+    leader: leader_lib.Leader | None = None,
   ):
     """Makes the engine, and loads the adapters.
 
@@ -57,6 +59,7 @@ class Generator:
       adapters: adapters of the model, by name.
       engine: returns an engine in another process, for a tokenizer; see
         `server.replicas.remote_engine`. None: makes one here.
+      leader: of an engine over several processes, see `Engine`.
     """
     self.frozen = frozen
     self.heads = {}  # of a reward model, once the weights are read
@@ -86,6 +89,7 @@ class Generator:
       config=config,
       compile_all=compile_all,
       draft=drafts.read(config, frozen),
+      leader=leader,
     )
     for adapter in self._adapters.values():
       self.engine.adapters.load(adapter.manifest.adapter_digest, adapter.tree)
@@ -185,7 +189,7 @@ class Generator:
 
   def weights_digest(self) -> str:
     """Returns the digest of the weights that the engine computes with now."""
-    params = self.engine.placement.of_model(self.engine.params)
+    params = self.engine.whole_params()
     if self.frozen.config.scan_layers:
       params = jax.tree.map(np.asarray, params)
       params, _ = layout.stack(params, self.engine.model_config)
@@ -364,6 +368,7 @@ def load(
   compile_all: bool = True,
   is_for_rewards: bool = False,
   adapters: abc.Mapping[str, str] | None = None,
+  leader: leader_lib.Leader | None = None,
 ) -> Generator:
   """Reads and verifies a frozen directory; returns its generator.
 
@@ -373,6 +378,7 @@ def load(
     compile_all: False leaves programs to `engine.compile_rest`.
     is_for_rewards: whether a reward model is accepted, too.
     adapters: directories of adapters of the base, by name.
+    leader: of an engine over several processes, see `Engine`.
 
   Raises:
     FileNotFoundError: there is no frozen directory.
@@ -388,7 +394,9 @@ def load(
     frozen.manifest.check_language_model('model', str(directory))
   found = adapters_lib.read(adapters or {}, frozen)
   try:
-    return Generator(frozen, config, compile_all=compile_all, adapters=found)
+    return Generator(
+      frozen, config, compile_all=compile_all, adapters=found, leader=leader
+    )
   except Exception:
     frozen.check_files()  # its error names the file that is damaged
     raise

@@ -28,9 +28,9 @@ devices by gloo, as several processes do, in another order than one process: its
 numbers equal the numbers of several processes to the bit, and the numbers of
 one process except for the last digits. Flags with --num_processes=1 ask for it.
 
-Breaks first when jax moves: `Channel` uses the private client
-`jax._src.distributed.global_state.client` (key_value_set,
-blocking_key_value_get, key_value_delete).
+Breaks first when jax moves: `Channel` and `publish` use the private
+`jax._src.distributed.global_state`: `coordinator_address`, and the methods
+key_value_set, blocking_key_value_get and key_value_delete of `client`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -206,6 +206,33 @@ def check_same(what: str, value: str) -> None:
 def agree(flag: bool) -> bool:
   """Returns whether `flag` is true in any process. A collective."""
   return bool(gather(int(flag)).any())
+
+
+def coordinator_host() -> str:
+  """Returns the address of process 0, as all processes know it."""
+  address = distributed.global_state.coordinator_address
+  assert address is not None
+  return address.rpartition(':')[0].strip('[]')
+
+
+def publish(name: str, text: str) -> None:
+  """Gives all processes a text, which `published` returns."""
+  client = distributed.global_state.client
+  assert client is not None
+  client.key_value_set(f'two_lives/published/{name}', text)
+
+
+def published(name: str, *, timeout_s: float) -> str:
+  """Returns the text of a name; waits until a process gives it.
+
+  Raises:
+    jax.errors.JaxRuntimeError: none has within the timeout.
+  """
+  client = distributed.global_state.client
+  assert client is not None
+  return client.blocking_key_value_get(
+    f'two_lives/published/{name}', int(timeout_s * 1000)
+  )
 
 
 class Channel:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 from absl import flags
 import httpx2
@@ -163,18 +162,6 @@ def test_a_cache_is_mended_and_may_be_copied_to_another_place(model, tmp_path):
   entry, program = (after[path.name] for path in cut)
   assert compilation_cache.is_whole(entry)
   assert program[:32] == hashlib.sha256(program[32:]).digest()
-
-
-def test_special_tokens_in_a_text_prompt_are_warned_of(defined_flags, capsys):
-  flags.FLAGS(['serve.py', '--model=m', '--prompt=a'])
-  generator = types.SimpleNamespace(
-    warning=lambda prompt: f'prompt: {prompt} is odd',
-    prompt_ids=lambda prompt: (1, 2),
-    settings_for=lambda ids, **chosen: (ids, chosen),
-  )
-  asked = serve._asked(generator, 'a', {'top_k': 3})
-  assert asked == ((1, 2), ((1, 2), {'top_k': 3}))
-  assert capsys.readouterr().err == 'warning: prompt: a is odd\n'
 
 
 def test_chat_ends_with_its_input(model):

@@ -46,7 +46,7 @@ def test_defaults_of_a_way_follow_given_flags(
 ):
   made = []
   monkeypatch.setattr(
-    generate, 'load', lambda _, config, adapters: made.append(config)
+    generate, 'load', lambda _, config, **how: made.append(config)
   )
   flags.FLAGS(['serve.py', '--model=anything'])
   for name, value in given.items():

@@ -27,7 +27,6 @@ One thread owns an engine.
 
 import collections
 from collections.abc import Generator, Iterator, Sequence
-from concurrent import futures
 import dataclasses
 import itertools
 import time
@@ -41,13 +40,14 @@ from inference.engine import (
   adapter_table,
   device_state,
   engine_config,
-  execution,
   flight as flight_lib,
   landing,
+  loaded,
   metrics,
 )
-from inference.engine.compiled import compilations, programs
+from inference.engine.compiled import compilations
 from inference.engine.drafting import draft_model, speculating
+from inference.engine.processes import follower, leader as leader_lib, told
 from inference.engine.spread import placement as placement_lib, pool as pool_lib
 from inference.output import stop_strings
 from inference.requests import (
@@ -63,7 +63,7 @@ from inference.scheduling import (
   sequence_manager,
   spans,
 )
-from models import model_config as model_config_lib, transformer
+from models import model_config as model_config_lib
 from text import tokenizer as tokenizer_lib
 
 Overloaded = requests_lib.Overloaded
@@ -86,6 +86,7 @@ class Engine:
     compile_all: bool = True,
     draft: draft_model.Weights | None = None,
     devices: Sequence[jax.Device] | None = None,
+    leader: leader_lib.Leader | None = None,
   ):
     """Allocates the KV cache and compiles the programs.
 
@@ -101,25 +102,30 @@ class Engine:
         others are left to `compile_rest`.
       draft: the model that drafts, with speculation by a model.
       devices: of which `config.tensor` share the model; None: all here.
+      leader: tells the other processes of an engine over several; None: all
+        devices are of this process.
     """
     params = device_state.unread(params)
     self.config = config
     self.model_config = dataclasses.replace(model_config, scan_layers=False)
     self.weights_digest, self.tokenizer = weights_digest, tokenizer
     self.metrics, self._last_gauged = metrics.Metrics(), 0.0
+    self._leader = leader
+    if leader:
+      leader.check_devices(config.tensor)
+      devices = leader.devices
     vocab_size = tokenizer.vocab_size
     self.placement = placement_lib.make(
       config, self.model_config, params, devices, vocab_size=vocab_size
     )
-    self.device = device = self.placement.device
+    self.device = self.placement.device
     self.context = config.context(model_config.max_length)
     self.page_tokens = config.page_tokens(self.context)
-    served = self.placement.model
     self.draft = draft_model.made(draft, config, self.placement)
-    self.backend = backend = _backend(
-      self.placement, config, params, dtype, self.draft
-    )
-    with jax.default_device(device):
+    self.backend = backend = placement_lib.backend_of(
+      self.placement, config, params, dtype
+    )._replace(beside_bytes=draft_model.token_bytes(self.draft))
+    with jax.default_device(self.device):
       self.adapters = adapter_table.made(config, params.shapes, dtype)
     others = self.adapters.num_bytes + draft_model.num_bytes(self.draft)
     pool = pool_lib.sized(self.placement, config, backend, params, others)
@@ -127,44 +133,55 @@ class Engine:
     self.manager = sequence_manager.SequenceManager(
       config.limits(self.page_tokens), num_pages=pool.num_pages
     )
-    model = transformer.Transformer(served, jnp.dtype(dtype), backend.execution)
-    # A thread reads the weights: programs need their shapes alone.
-    with jax.default_device(device), futures.ThreadPoolExecutor(1) as threads:
-      reading = threads.submit(self.placement.read, backend, params)
-      self._state = self.placement.state(model, **pool.sizes(config, backend))
-      start = time.perf_counter()
-      self._programs = programs.Programs(
-        model=model,
-        params=self.adapters.beside(self.placement.shapes(backend, params)),
-        state=self._state,
-        config=config,
-        context=self.context,
-        vocab_size=vocab_size,
-        placement=self.placement,
-        compile_all=compile_all,
-      )
-      if self.draft:
-        self.draft.allocate(pool.num_pages, pool.page_tokens, self._state.slots)
-        self.draft.compile(compile_all)
-      self.compile_seconds = time.perf_counter() - start
-      self.params = reading.result()
+    loading = self._begin_others(pool.num_pages, jnp.dtype(dtype).name)
+    made = loaded.load(
+      self.placement,
+      backend,
+      params,
+      pool,
+      config=config,
+      dtype=dtype,
+      vocab_size=vocab_size,
+      make=told.maker(leader),
+      beside=self.adapters.beside,
+      draft=self.draft,
+      compile_all=compile_all,
+    )
+    self._state, self._programs, self.params, self.compile_seconds = made
+    if leader:
+      leader.wait(loading)
     self.adapters.put = self._programs.put_adapter
-    self._flight: flight_lib.Flight | None = None
-    self._grammars = grammars.Grammars(tokenizer)
-    self._feeder, self._ids = feeding.Feeder(self), itertools.count()
-    self._answers = self._opened_answers()
-    self._live = self._answers.live
+    self._begin_empty()
 
-  def _opened_answers(self) -> landing.Answers:
+  def _begin_others(self, num_pages: int, dtype: str) -> int:
+    """Tells the other processes to load; returns the number of that call."""
+    if self._leader is None:
+      return 0
+    return self._leader.ask(
+      'load',
+      follower.Load(
+        weights_digest=self.weights_digest,
+        config=self.config,
+        dtype=dtype,
+        num_pages=num_pages,
+      ),
+    )
+
+  def _begin_empty(self) -> None:
+    """Starts without requests."""
+    self._flight: flight_lib.Flight | None = None
+    self._grammars = grammars.Grammars(self.tokenizer)
+    self._feeder, self._ids = feeding.Feeder(self), itertools.count()
     self._speculator = speculating.Speculator(
       self.config, self._programs, self.manager, self.metrics, self.draft
     )
     self._accounts = accounts.Accounts(
       self.metrics, self.model_config, self.page_bytes
     )
-    return landing.Answers(
+    self._answers = landing.Answers(
       self.config, self.manager, self.metrics, self._accounts, self._speculator
     )
+    self._live = self._answers.live
 
   # --------------------------------------------------------------------------
   # Requests
@@ -314,9 +331,14 @@ class Engine:
 
     Raises:
       ValueError: a request is unfinished, an adapter of the weights before is
-        loaded, or shapes or dtypes differ.
+        loaded, shapes or dtypes differ, or the engine has several processes.
     """
     self.adapters.check_empty()
+    if self._leader:
+      raise ValueError(
+        'weights: got new ones for an engine over several processes, expected'
+        ' the directory that it was made from; start it with another one'
+      )
     if self.has_work:
       raise ValueError(
         f'weights: got new ones while {len(self._live)} sequences run, expected'
@@ -327,8 +349,20 @@ class Engine:
     self.params, self.weights_digest = params, weights_digest
     self.manager.clear()
 
+  def whole_params(self) -> device_state.Params:
+    """Returns the params of the model, as arrays of the host.
+
+    They become such one by one, when NumPy asks; from any thread.
+    """
+    params = self.params
+    if self._leader:
+      params = self._leader.whole(params)
+    return self.placement.of_model(params)
+
   def release(self) -> None:
     """Frees weights and KV cache at once, whatever refers to the arrays."""
+    if self._leader:
+      self._leader.tell('release')
     held = self.adapters.beside(self.params), self._state
     if self.draft:
       held = held, self.draft.arrays
@@ -435,21 +469,3 @@ class Engine:
     """Takes the tokens of a dispatch; returns updates and seconds waited."""
     outputs, waited = flight_lib.read(flight, self._live)
     return self._answers.land(flight, time.perf_counter(), outputs), waited
-
-
-def _backend(
-  placement: placement_lib.Placement,
-  config: engine_config.EngineConfig,
-  params: device_state.Unread,
-  dtype: Any,
-  draft: draft_model.DraftModel | None,
-) -> execution.Backend:
-  """Returns the backend of an engine."""
-  platform = placement.device.platform
-  chosen = execution.choose(config, placement.model, dtype, platform)
-  backend = placement.backend(
-    chosen.multiplying(config, params.shapes, dtype, platform)
-  )
-  if draft is None:
-    return backend
-  return backend._replace(beside_bytes=draft.bytes_per_token)

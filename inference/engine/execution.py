@@ -105,12 +105,12 @@ class Backend(NamedTuple):
     """Returns what decides the numbers of a step, beside the weights."""
     attend = self.execution.attend_cached
     return {
-      'attention': f'{attend.__module__}.{attend.__qualname__}',
+      'attention': _named(attend),
       'products': self.products.partition(':')[0],
       'ports': program_store.describe_ports(self.execution),
       'kv_dtype': jnp.dtype(self.kv_dtype).name,
       'numerics': config.numerics,
-      **_devices(config),
+      **_devices(config, jax.process_count()),
       'jax': importlib.metadata.version('jax'),
       'jaxlib': importlib.metadata.version('jaxlib'),
       'device': device.device_kind,
@@ -128,6 +128,12 @@ class Backend(NamedTuple):
       vector += 4  # the float32 scale of the vector
     num_vectors, _ = kv_cache.rows_and_width(model)
     return model.num_layers * num_vectors * vector + self.beside_bytes
+
+
+def _named(port: Any) -> str:
+  """Returns the name of a port: of a function, or of the class of another."""
+  named = port if hasattr(port, '__qualname__') else type(port)
+  return f'{named.__module__}.{named.__qualname__}'
 
 
 def choose(
@@ -197,7 +203,9 @@ def choose(
   return backend
 
 
-def _devices(config: engine_config.EngineConfig) -> dict[str, str]:
+def _devices(
+  config: engine_config.EngineConfig, num_processes: int
+) -> dict[str, str]:
   """Returns what decides the order of sums over devices; nothing for one."""
   if config.num_parts == 1:
     return {}
@@ -205,6 +213,8 @@ def _devices(config: engine_config.EngineConfig) -> dict[str, str]:
     found = {'tensor_parts': str(config.num_parts)}
   else:
     found = {'tensor': str(config.tensor)}
+    if num_processes > 1:  # their sums are made in another order
+      found['processes'] = str(num_processes)
   if config.experts > 1:
     found['experts'] = str(config.experts)
   return found

@@ -126,6 +126,7 @@ class EngineThread:
     self._open: dict[int, _Open] = {}  # by request id; used in the thread only
     self._is_closed = False
     self._started_at = 0.0  # seconds of `time.perf_counter`
+    self._step_began: float | None = None  # the same; None: in no step
     # A daemon: XLA cannot be interrupted, and a process that is told to stop
     # during a compilation must not wait for its end.
     self._thread = threading.Thread(
@@ -156,6 +157,12 @@ class EngineThread:
       return True
     generator = self.generator
     return generator is not None and generator.engine.is_compiling
+
+  @property
+  def seconds_in_step(self) -> float:
+    """The seconds since the step began that runs now, 0 if none does."""
+    began = self._step_began
+    return 0.0 if began is None else time.perf_counter() - began
 
   @property
   def is_idle(self) -> bool:
@@ -261,8 +268,8 @@ class EngineThread:
       if products := self.generator.products_text():
         _LOG.info('products with kernels in fewer bits: %s', products)
       self._compiler.start()
-      self._call(self._on_ready)
       try:
+        self._call(self._on_ready)
         self._work(self.generator.engine)
       except Exception as error:
         _LOG.error('the engine failed', exc_info=error)
@@ -290,7 +297,10 @@ class EngineThread:
   def _work(self, engine: engine_lib.Engine) -> None:
     while self._obey(is_idle=not engine.has_work):
       if engine.has_work:
-        self._hand_out(engine.step())
+        self._step_began = time.perf_counter()
+        updates = engine.step()
+        self._step_began = None
+        self._hand_out(updates)
     self._inbox.put(None)  # again, for `_run`: `_obey` has read the first
     self._end_all(stopping())
     while engine.has_work:

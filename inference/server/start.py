@@ -11,6 +11,7 @@ import dataclasses
 import os
 import signal
 import sys
+from typing import Any
 
 import jax
 
@@ -35,12 +36,13 @@ from inference.server.access import api_keys, keys as keys_lib
 from inference.server.http import listener
 from inference.server.receipts import receipts, sealing
 from inference.server.records import database
-from inference.server.replicas import fleet as fleet_lib
+from inference.server.replicas import fleet as fleet_lib, followers
 from inference.server.search import scoring
 from inference.server.versions import (
   loader as loader_lib,
   served_adapter,
 )
+from parallel import processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,9 @@ class Options:
   is_insecure: bool = False  # may answer all clients, without keys
   replicas: int | None = None  # see `num_replicas`
   compilation_cache: str | None = None  # the flag, for replicas
+  heartbeat_timeout_s: int = processes.DEFAULT_HEARTBEAT_S
+  # The processes that share the engine; None: the devices are of one process.
+  cluster: processes.Cluster | None = None
 
   @property
   def num_replicas(self) -> int:
@@ -81,6 +86,7 @@ def serve(options: Options) -> None:
   Raises:
     FileNotFoundError, ValueError: a value is wrong, or the model is damaged.
   """
+  _check_processes(options)
   listener.allow_files(options.limits.max_connections)
   keys = None
   if options.api_keys is not None:  # '' is refused, see `api_keys`
@@ -137,19 +143,87 @@ def serve(options: Options) -> None:
   _run(server, app.state.engine_loops, model.engine_loop)
 
 
+def follow(options: Options, given: dict[str, Any]) -> int:
+  """Takes part in the engine of a server on another machine.
+
+  Args:
+    options: as of `serve`; the cluster has the index of this process.
+    given: fields of the config of the engine that flags have set.
+
+  Returns:
+    An exit code.
+
+  Raises:
+    ValueError: the processes cannot share an engine.
+  """
+  _check_processes(options)
+  assert options.cluster
+  print(
+    f'process {options.cluster.process_id} of'
+    f' {options.cluster.num_processes}: computes for the server of'
+    f' {options.cluster.coordinator}',
+    flush=True,
+  )
+  return followers.keep(
+    followers.Setup(
+      directory=options.directory,
+      given=given,
+      cluster=options.cluster,
+      heartbeat_timeout_s=options.heartbeat_timeout_s,
+      compilation_cache=_cache(options),
+    ),
+    environment=os.environ,
+    drain_seconds=options.limits.drain_seconds,
+  )
+
+
+def _cache(options: Options) -> str | None:
+  """Returns the directory of compiled programs; None: there is none."""
+  given = options.compilation_cache
+  is_given = given is not None or compilation_cache.VARIABLE in os.environ
+  if options.cluster and not is_given:
+    return None  # GPUs of several processes must find the same programs
+  directory = compilation_cache.directory_of(given)
+  return str(directory) if directory else None
+
+
+def _check_processes(options: Options) -> None:
+  """Refuses what an engine over several processes does not do."""
+  if (cluster := options.cluster) is None:
+    return
+  if cluster.process_id is None or cluster.num_processes is None:
+    raise ValueError(
+      'several processes: got a launcher whose indices jax alone can read,'
+      ' expected --coordinator, --num_processes and --process_id with --port;'
+      ' give them, as in --process_id=$SLURM_PROCID'
+    )
+  if options.num_replicas != 1:
+    raise ValueError(
+      f'--replicas: got {options.num_replicas} over {cluster.num_processes}'
+      ' processes, expected 1; start a server for each replica, or leave it out'
+    )
+  if options.limits.audit_share:
+    raise ValueError(
+      f'--server.audit_share: got {options.limits.audit_share} over'
+      f' {cluster.num_processes} processes, expected 0: an audit computes on'
+      ' the devices of one; use --receipts and inference.server.replay'
+    )
+
+
 def _fleet(options: Options) -> fleet_lib.Fleet:
   """Returns the replicas of the options, and leaves them all devices.
 
   Raises:
     ValueError: there are too few devices.
   """
-  cache = compilation_cache.directory_of(options.compilation_cache)
   fleet = fleet_lib.Fleet(
     options.num_replicas,
     num_devices=options.engine.tensor,
     environment=os.environ,
-    compilation_cache=str(cache) if cache else None,
+    compilation_cache=_cache(options),
     audit_threshold=options.limits.audit_threshold,
+    heartbeat_timeout_s=options.heartbeat_timeout_s,
+    cluster=options.cluster,
   )
   # A process that uses a GPU or a TPU takes it: this one reads shapes alone.
   jax.config.update('jax_platforms', 'cpu')

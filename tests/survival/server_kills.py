@@ -37,6 +37,7 @@ from tests.survival import process
 
 _NUM_CLIENTS = 6
 _START_SECONDS = 240
+_ANSWER_SECONDS = 240  # an answer may wait for a replica that starts again
 _ENGINE = (
   '--engine.max_sequences=4',
   '--engine.decode_shapes=4',
@@ -95,9 +96,9 @@ class Arena:
     """Where the server answers."""
     return f'http://127.0.0.1:{self.port}'
 
-  def start(self, *args: str) -> subprocess.Popen:
-    """Starts a server on the records, and waits until it is ready."""
-    running = subprocess.Popen(
+  def launch(self, *args: str) -> subprocess.Popen:
+    """Starts a server on the records."""
+    return subprocess.Popen(
       [
         sys.executable,
         'serve.py',
@@ -112,6 +113,10 @@ class Arena:
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
     )
+
+  def start(self, *args: str) -> subprocess.Popen:
+    """Starts a server, and waits until it is ready."""
+    running = self.launch(*args)
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
       if running.poll() is not None:
@@ -129,8 +134,23 @@ class Arena:
 class Clients:
   """Clients that ask until they are stopped."""
 
-  def __init__(self, arena: Arena, told: Told, rng: random.Random):
-    self._arena, self._told, self._rng = arena, told, rng
+  def __init__(
+    self,
+    arena: Arena,
+    told: Told,
+    rng: random.Random,
+    *,
+    waits: bool = False,
+  ):
+    """Starts them.
+
+    Args:
+      arena: has the server.
+      told: receives what they see.
+      rng: of what they ask.
+      waits: whether they ask again while the server is not ready.
+    """
+    self._arena, self._told, self._waits = arena, told, waits
     self._is_over = threading.Event()
     self._pool = concurrent.futures.ThreadPoolExecutor(_NUM_CLIENTS)
     self._works = [
@@ -148,7 +168,7 @@ class Clients:
     rng = random.Random(seed)
     headers = {'authorization': f'Bearer {self._arena.key}'}
     with httpx2.Client(
-      base_url=self._arena.url, headers=headers, timeout=60
+      base_url=self._arena.url, headers=headers, timeout=_ANSWER_SECONDS
     ) as http:
       while not self._is_over.is_set():
         name, body = self._next(rng)
@@ -183,7 +203,11 @@ class Clients:
       'POST', '/v1/completions', json=body, headers=headers
     ) as answer:
       if answer.status_code != 200:
-        self._told.unexpected.append(answer.read().decode())
+        text = answer.read().decode()
+        if self._waits and '"code":"not_ready"' in text:
+          time.sleep(0.2)
+        else:
+          self._told.unexpected.append(text)
         return
       if leaves and body['stream']:
         next(answer.iter_bytes())

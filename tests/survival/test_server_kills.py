@@ -50,7 +50,11 @@ def test_a_server_that_is_killed_often(tmp_path):
 
 
 @pytest.mark.slow
-def test_replicas_that_are_killed_lose_and_double_nothing(tmp_path):
-  told, faults = replica_kills.run(tmp_path, 2)
+@pytest.mark.parametrize('num_processes', [1, 2])
+def test_replicas_that_die_or_hang_lose_and_double_nothing(
+  num_processes, tmp_path
+):
+  """Two replicas, and one replica over two processes."""
+  told, faults = replica_kills.run(tmp_path, 2, num_processes=num_processes)
   assert not faults, '\n'.join(faults)
   assert len(told.answered) > 2

@@ -339,3 +339,8 @@ def made(
 def num_bytes(draft: DraftModel | None) -> int:
   """Returns the bytes of the weights of a draft model, if there is one."""
   return draft.num_bytes if draft else 0
+
+
+def token_bytes(draft: DraftModel | None) -> float:
+  """Returns the bytes of the KV cache of one token, if there is one."""
+  return draft.bytes_per_token if draft else 0.0

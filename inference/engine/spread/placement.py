@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from frozen import format as frozen_format
+from hardware import compilation_cache
 from inference.engine import device_state, engine_config, execution
 from inference.engine.compiled import programs
 from inference.engine.spread import layout as layout_lib, refusals, results
@@ -141,7 +142,10 @@ class Spread:
 
   @property
   def device(self) -> jax.Device:
-    return self.mesh.devices.flat[0]
+    # Of this process: the mesh may have devices of several, or none that are
+    # here, for a plan.
+    devices, index = self.mesh.devices.flat, jax.process_index()
+    return next((x for x in devices if x.process_index == index), devices[0])
 
   @property
   def model(self) -> model_config.ModelConfig:
@@ -223,10 +227,15 @@ class Spread:
     def put(path: str, weight: np.ndarray) -> jax.Array:
       weight = self.layout.laid_out(weight, named[path])
       sharding = wanted[path].sharding
+
+      def part(index: Any) -> np.ndarray:
+        found = weight[index]
+        # An array of a CPU device may be a view: a part would keep the whole.
+        is_view = self.device.platform == 'cpu' and found.size < weight.size
+        return found.copy() if is_view else found
+
       # Each device gets its part: no device ever holds a whole weight.
-      return jax.make_array_from_callback(
-        weight.shape, sharding, lambda index: weight[index]
-      )
+      return jax.make_array_from_callback(weight.shape, sharding, part)
 
     read = params.read(placed)
     return {name: _unstacked(tree) for name, tree in read.items()}
@@ -360,13 +369,17 @@ def make(
   """
   if config.num_parts == 1:
     return OneDevice(params.device, model, vocab_size)
-  devices = jax.local_devices() if devices is None else devices
+  if devices is None:
+    devices = jax.local_devices()
   if len(devices) < config.tensor:
     raise ValueError(
       f'engine.tensor: got {config.tensor}, expected at most the number of'
       f' devices, {len(devices)}; lower it'
     )
   refusals.check(config, model, params.shapes)
+  # JAX may have a cache by its own variable: a replica that read a program of
+  # several CPU devices from it crashed in its first step.
+  compilation_cache.leave_out_collectives()
   mesh = mesh_lib.make_mesh(
     parallel_config.ParallelConfig(
       expert=config.expert_groups,
@@ -379,6 +392,24 @@ def make(
   )
   is_invariant = config.numerics == 'invariant'
   return Spread(mesh, layout, is_invariant, config.experts)
+
+
+def backend_of(
+  placement: Placement,
+  config: engine_config.EngineConfig,
+  params: device_state.Unread,
+  dtype: Any,
+) -> execution.Backend:
+  """Returns the backend of a device of a placement.
+
+  Raises:
+    ValueError: the config asks for a path that does not accept the model.
+  """
+  platform = placement.device.platform
+  chosen = execution.choose(config, placement.model, dtype, platform)
+  return placement.backend(
+    chosen.multiplying(config, params.shapes, dtype, platform)
+  )
 
 
 def _unstacked(tree: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,11 @@
 The server may use some devices. With N devices per replica, replica i has the
 devices iN to (i+1)N-1 of them. A process takes all devices that it sees, so
 each sees its own alone. On a CPU all replicas share the cores, and no variable
-is needed.
+is needed: each has as many devices as XLA's flags make.
+
+A process that sees no GPU would compute on the CPU. So replicas that need more
+GPUs than the machine has are refused, and so is one whose platform is not that
+of the others (`loop`).
 
     GPU    CUDA_VISIBLE_DEVICES
     TPU    TPU_VISIBLE_CHIPS, TPU_CHIPS_PER_PROCESS_BOUNDS, TPU_PROCESS_BOUNDS;
@@ -14,6 +18,7 @@ is needed.
 """
 
 from collections.abc import Mapping
+import glob
 
 _CUDA = 'CUDA_VISIBLE_DEVICES'
 _TPU = 'TPU_VISIBLE_CHIPS'
@@ -27,6 +32,7 @@ def environment(
   num_replicas: int,
   num_devices: int,
   inherited: Mapping[str, str],
+  num_gpus: int = 0,
 ) -> dict[str, str]:
   """Returns the variables of a replica, in addition to those inherited.
 
@@ -35,13 +41,22 @@ def environment(
     num_replicas: how many there are.
     num_devices: of each replica.
     inherited: environment of the server.
+    num_gpus: of the machine; 0: it has none, or none that can be counted.
 
   Raises:
-    ValueError: the server may use too few devices, or a TPU has no slice of
-      that many chips.
+    ValueError: there are too few devices, or the server may use too few, or a
+      TPU has no slice of that many chips.
   """
   if num_replicas == 1:
     return {}
+  needed, is_open = num_replicas * num_devices, _CUDA not in inherited
+  uses_gpus = inherited.get('JAX_PLATFORMS') != 'cpu'
+  if is_open and uses_gpus and 0 < num_gpus < needed:
+    raise ValueError(
+      f'--replicas: got {num_replicas} replicas of {num_devices} devices each,'
+      f' expected at most the {num_gpus} GPUs of this machine; lower it, or'
+      ' --engine.tensor'
+    )
   own = range(index * num_devices, (index + 1) * num_devices)
   bounds = _BOUNDS.get(num_devices)
   tpu = {
@@ -60,6 +75,11 @@ def environment(
       )
     tpu = {}
   return {_CUDA: _chosen(_CUDA, own, num_replicas, inherited), **tpu}
+
+
+def num_gpus() -> int:
+  """Returns the number of NVIDIA GPUs of this machine, without using them."""
+  return len(glob.glob('/dev/nvidia[0-9]*'))
 
 
 def _chosen(

@@ -1,6 +1,7 @@
 """The replicas of a server: their processes, started again when they die.
 
-A process that has died starts again at once. If it dies again soon, the next
+A process that hangs, by its heartbeat (`parallel.pulse`), is killed. A process
+that has died starts again at once. If it dies again soon, the next
 one waits for 1, 2, 4 seconds and so on, to a minute. A replica that has died
 `_MOST_DEATHS` times in a row before it was ready is given up; if all are, the
 server has failed.
@@ -21,6 +22,7 @@ from inference.server.replicas import (
   values,
 )
 from inference.server.versions import memory
+from parallel import processes
 
 _LOG = logging.getLogger('uvicorn.error')
 _MOST_DEATHS = 6  # before it was ready
@@ -53,8 +55,20 @@ class Replica:
       on_death=self._died,
     )
     self.link.start()
+    self._watch(self.link)
     for loop in self._fleet.loops():
       loop.attach(self)
+
+  def _watch(self, link: link_lib.Link) -> None:
+    """Kills a process that hangs: it is replaced as one that dies."""
+    if link is not self.link or self._fleet.is_over:
+      return
+    if why := link.pulse.check(time.monotonic()):
+      self.fail(f'{why}; it is killed')
+      return
+    asyncio.get_running_loop().call_later(
+      link.pulse.interval_s, self._watch, link
+    )
 
   def note_ready(self) -> None:
     """Notes that it answers requests to a version."""
@@ -108,6 +122,8 @@ class Fleet:
     environment: Mapping[str, str],
     compilation_cache: str | None = None,
     audit_threshold: float = 0.0,
+    heartbeat_timeout_s: float = processes.DEFAULT_HEARTBEAT_S,
+    cluster: processes.Cluster | None = None,
   ):
     """Starts no process yet.
 
@@ -117,6 +133,10 @@ class Fleet:
       environment: of the server; a replica's has its devices in addition.
       compilation_cache: directory of compiled programs; None: there is none.
       audit_threshold: see ServerConfig.
+      heartbeat_timeout_s: seconds without a heartbeat, after which a replica is
+        killed and another one started.
+      cluster: the processes that share the engine of the only replica; None: it
+        has its devices alone.
 
     Raises:
       ValueError: there are too few devices.
@@ -128,6 +148,8 @@ class Fleet:
           name=f'replica {index}',
           compilation_cache=compilation_cache,
           audit_threshold=audit_threshold,
+          heartbeat_timeout_s=heartbeat_timeout_s,
+          cluster=cluster,
         ),
         {
           **environment,
@@ -136,6 +158,7 @@ class Fleet:
             num_replicas=num_replicas,
             num_devices=num_devices,
             inherited=environment,
+            num_gpus=devices.num_gpus(),
           ),
         },
       )

@@ -18,9 +18,11 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 from typing import Any
 
-from inference.server.replicas import frames, values
+from inference.server.replicas import values
+from parallel import frames, pulse
 
 _ROOT = pathlib.Path(__file__).parents[3]
 _CHILD = 'inference.server.replicas.child'
@@ -61,6 +63,7 @@ class Link:
     self._calls: dict[int, asyncio.Future] = {}
     self._numbers = itertools.count()
     self._is_closed = False
+    self.pulse = pulse.Pulse(setup.heartbeat_timeout_s, time.monotonic())
     self._reaping: asyncio.Task | None = None
 
   @property
@@ -122,6 +125,8 @@ class Link:
   async def close(self) -> None:
     """Ends the process, and waits for its end."""
     self._is_closed = True
+    self.send(('end',))
+    self._flush()
     self._drop()
     if self._process:
       with contextlib.suppress(subprocess.TimeoutExpired):
@@ -145,6 +150,8 @@ class Link:
       for message in messages:
         if message[0] == 'result':
           self._settle(*message[1:])
+        elif message[0] == 'beat':
+          self.pulse.heard(time.monotonic(), *message[1:])
         else:
           self._on_message(message)
 

@@ -208,6 +208,14 @@ class ReplicaLoop:
       return
     if self._places.get(place.replica.index) is not place or self._is_closed:
       return
+    others = self.facts or facts
+    if facts.device['platform'] != others.device['platform']:
+      place.replica.fail(
+        f'got a device of platform {facts.device["platform"]}, expected'
+        f' {others.device["platform"]} as in other replicas; lower --replicas,'
+        ' or give each the same devices'
+      )
+      return
     place.facts, place.state = facts, place_lib.READY
     place.known = placement.Known(facts.capacity)
     self._metrics.ready.labels(str(place.replica.index)).set(1)

@@ -7,6 +7,7 @@ from inference.constraints import constraint as constraint_lib
 from inference.engine import engine as engine_lib, engine_config
 from inference.requests import requests as requests_lib
 from inference.server.versions import memory
+from parallel import processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,9 @@ class Setup:
   name: str  # in its log and in metrics
   compilation_cache: str | None  # directory of compiled programs
   audit_threshold: float  # see ServerConfig
+  heartbeat_timeout_s: float = processes.DEFAULT_HEARTBEAT_S
+  # The processes that share the engine, of which the replica is the first.
+  cluster: processes.Cluster | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,15 @@ from typing import Any, Protocol
 
 from frozen import adapters as frozen_adapters, manifest as manifest_lib
 from inference import adapters, generate
+from inference.engine.processes import leader as leader_lib
 from inference.requests import requests as requests_lib
 from inference.server import engine_loop as engine_loop_lib, engine_thread
-from inference.server.replicas import frames, values
+from inference.server.replicas import values
 from inference.server.versions import about, audit, loading, memory
+from parallel import frames
 
 _TICK_SECONDS = 0.02
+_LOSS_SECONDS = 1.0  # until the end of another process is known
 _FAILED = 1  # exit code of a replica whose step has failed
 
 
@@ -34,6 +37,10 @@ class Process(Protocol):
 
   def threads(self) -> list[engine_thread.EngineThread]:
     """Returns the engines of all versions."""
+    ...
+
+  def leader(self) -> leader_lib.Leader | None:
+    """Returns the leader of several processes; waits for them."""
     ...
 
 
@@ -182,10 +189,15 @@ class Version:
       self._process.send(messages)
 
   def _read(self) -> generate.Generator:
-    load = self._load
-    self._plan = memory.plan(self.manifest, load.config)
+    load, leader = self._load, self._process.leader()
+    devices = leader.devices if leader else None
+    self._plan = memory.plan(self.manifest, load.config, devices)
     return loading.read(
-      load.directory, load.config, version=load.version, plan=self._plan
+      load.directory,
+      load.config,
+      version=load.version,
+      plan=self._plan,
+      leader=leader,
     )
 
   def _ready(self) -> None:
@@ -214,6 +226,9 @@ class Version:
     self.tell('not_loaded', *error)
 
   def _fail(self) -> None:
+    if self._process.leader():
+      # If it failed because another process is lost, that is told first.
+      time.sleep(_LOSS_SECONDS)
     self._process.send([('failed', self._number)])
     os._exit(_FAILED)
 

@@ -6,6 +6,7 @@ import os
 
 from inference import generate
 from inference.engine import engine_config
+from inference.engine.processes import leader as leader_lib
 from inference.server.versions import memory
 
 _LOG = logging.getLogger('uvicorn.error')
@@ -18,6 +19,7 @@ def read(
   version: str,
   plan: memory.Plan,
   is_for_rewards: bool = False,
+  leader: leader_lib.Leader | None = None,
 ) -> generate.Generator:
   """Returns the generator of a frozen directory, without all programs.
 
@@ -27,11 +29,16 @@ def read(
     version: NAME@DIGEST, for the log.
     plan: of its memory, for the log.
     is_for_rewards: whether it is a reward model.
+    leader: of an engine over several processes, see `Engine`.
   """
   _LOG.info('%s: memory %s', version, plan)
   _LOG.info('%s: shapes %s', version, _shapes(config))
   generator = generate.load(
-    directory, config, compile_all=False, is_for_rewards=is_for_rewards
+    directory,
+    config,
+    compile_all=False,
+    is_for_rewards=is_for_rewards,
+    leader=leader,
   )
   gc.freeze()  # it stays: see `keep_objects`
   gc.enable()  # serve.py has disabled it

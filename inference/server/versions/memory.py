@@ -4,6 +4,7 @@ It counts the arrays that an engine allocates when it starts, and the logits of
 its largest step. A margin covers the rest: activations, programs, the runtime.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
@@ -78,9 +79,16 @@ class Plan:
 
 
 def plan(
-  manifest: manifest_lib.Manifest, config: engine_config.EngineConfig
+  manifest: manifest_lib.Manifest,
+  config: engine_config.EngineConfig,
+  devices: Sequence[jax.Device] | None = None,
 ) -> Plan:
   """Returns the plan of a frozen directory; reads its manifest only.
+
+  Args:
+    manifest: of the directory.
+    config: of the engine.
+    devices: of several processes that share it; None: those of this process.
 
   Raises:
     ValueError: the config does not suit the model.
@@ -97,6 +105,7 @@ def plan(
       dataclasses.replace(model, scan_layers=False),
       params := device_state.unread(shapes),
       vocab_size=model.vocab_size,
+      devices=devices,
     )
     model, weights = placement.model, placement.num_bytes(params)
   backend = execution.choose(config, model, dtype, device.platform)
@@ -123,7 +132,9 @@ def plan(
   # int32 counts of each slot; float32 logits, and a copy of them.
   num_rows = 3 * config.max_sequences
   # Devices of a CPU are all in the memory of the host.
-  num_here = config.tensor if device.platform == 'cpu' else 1
+  num_here = 1
+  if device.platform == 'cpu':
+    num_here = jax.local_device_count() if devices else config.tensor
   return Plan(
     weights=num_here * weights,
     kv_cache=num_here * math.ceil(num_pages * page_bytes),

@@ -5,12 +5,13 @@ import pytest
 from inference.server.replicas import devices
 
 
-def _environment(index, num_replicas=2, num_devices=1, **inherited):
+def _environment(index, num_replicas=2, num_devices=1, num_gpus=0, **inherited):
   return devices.environment(
     index,
     num_replicas=num_replicas,
     num_devices=num_devices,
     inherited=inherited,
+    num_gpus=num_gpus,
   )
 
 
@@ -36,3 +37,14 @@ def test_too_few_devices_and_slices_that_do_not_exist_are_refused():
   with pytest.raises(ValueError, match='3 chips each, expected one of 1, 2, 4'):
     _environment(0, num_devices=3, TPU_VISIBLE_CHIPS='0,1,2,3,4,5')
   assert 'TPU_VISIBLE_CHIPS' not in _environment(0, num_devices=3)
+
+
+def test_more_replicas_than_gpus_are_refused():
+  with pytest.raises(
+    ValueError,
+    match='2 replicas of 2 devices each, expected at most the 3 GPUs of this',
+  ):
+    _environment(0, num_devices=2, num_gpus=3)
+  # Enough, or none that the replicas would use.
+  assert _environment(0, num_gpus=2)['CUDA_VISIBLE_DEVICES'] == '0'
+  _environment(0, num_devices=2, num_gpus=3, JAX_PLATFORMS='cpu')

@@ -1,6 +1,7 @@
 """A version whose replicas load one after the other, fail and come back."""
 
 import asyncio
+import dataclasses
 import types
 
 import pytest
@@ -138,3 +139,23 @@ def test_a_directory_that_no_replica_can_load_fails(monkeypatch):
 
   _run(monkeypatch, test)
   _run(monkeypatch, later)
+
+
+def test_a_replica_on_another_platform_is_ended(monkeypatch):
+  """It sees no GPU, so that JAX would compute on the CPU without a word."""
+  on_gpu = dataclasses.replace(_FACTS, device={'platform': 'gpu'})
+
+  async def test(loop, first, second, _):
+    loop.obey(first, ('ready', on_gpu))
+    while loop.state != engine_thread.READY:
+      await asyncio.sleep(0.001)
+    loop.obey(second, ('ready', _FACTS))
+    while not second.failures:
+      await asyncio.sleep(0.001)
+    assert second.failures == [
+      'got a device of platform cpu, expected gpu as in other replicas; lower'
+      ' --replicas, or give each the same devices'
+    ]
+    assert loop._places[second.index].state != place_lib.READY
+
+  _run(monkeypatch, test)

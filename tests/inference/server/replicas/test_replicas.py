@@ -18,6 +18,7 @@ import pytest
 
 from frozen import manifest as manifest_lib
 from hardware import compilation_cache
+from inference import generate
 from inference.search.routing import router as router_lib
 from inference.server import app as app_lib, server_config
 from inference.server.records import database
@@ -96,14 +97,22 @@ def _own_collector():
 
 @pytest.fixture(scope='module')
 def served(frozen_dir, root, _own_collector):
+  with _serving(frozen_dir, _ENGINE, models_root=str(root)) as found:
+    yield found
+
+
+@contextlib.contextmanager
+def _serving(frozen_dir, engine, *, models_root=''):
+  """Serves a model on two replicas; yields them once both are ready."""
   config = server_config.ServerConfig(audit_share=1.0)
   directory = compilation_cache.directory()
   fleet = fleet_lib.Fleet(
     2,
+    num_devices=engine.tensor,
     environment=os.environ,  # the flags of XLA are in the keys of programs
     compilation_cache=str(directory) if directory else None,
   )
-  loader = loader_lib.Loader(_ENGINE, models_root=str(root), fleet=fleet)
+  loader = loader_lib.Loader(engine, models_root=models_root, fleet=fleet)
   model = loader.load(frozen_dir, servers.MODEL)
   records, headers = servers.with_admin()
   manifest = manifest_lib.read(frozen_dir)
@@ -318,6 +327,40 @@ def test_a_killed_replica_loses_no_answer_and_comes_back(served):
   servers.until(lambda: served.num_ready() == 2, 240)
   assert served.metric('replica_deaths_total') == 1
   assert served.ask('again').status_code == 200
+
+
+@pytest.mark.usefixtures('_own_collector')
+def test_replicas_of_two_devices_each_have_the_bits_of_one(frozen_dir):
+  """`--replicas=2 --engine.tensor=2`; a replica that dies is replaced."""
+  engine = dataclasses.replace(
+    life_two.ENGINE, numerics='invariant', tensor_parts=2
+  )
+  prompts = [f'{index} hello' for index in range(4)]
+  fields = {'seed': 5, 'temperature': 1.0, 'logprobs': 1}
+  alone = generate.load(frozen_dir, engine)
+  with servers.running(alone) as here, httpx2.Client() as http:
+    expected = [
+      http.post(
+        f'{here.url}/v1/completions',
+        json={**servers.GREEDY, 'prompt': prompt, **fields},
+      ).json()['choices'][0]
+      for prompt in prompts
+    ]
+  both = dataclasses.replace(engine, tensor=2)
+  with _serving(frozen_dir, both) as served:
+    assert served.http.get('/version').json()['num_devices'] >= 2
+
+    def choices():
+      answers = [served.ask(prompt, **fields) for prompt in prompts]
+      return [each.json()['choices'][0] for each in answers]
+
+    for each, wanted in zip(choices(), expected, strict=True):
+      assert each['text'] == wanted['text']
+      assert each['logprobs'] == wanted['logprobs']
+    assert min(each.num_served for each in served.loop._places.values()) > 0
+    os.kill(served.fleet.pids()[0], signal.SIGKILL)
+    assert choices()[0]['logprobs'] == expected[0]['logprobs']
+    servers.until(lambda: served.num_ready() == 2, 240)
 
 
 _FRONT = """

@@ -3,7 +3,7 @@
 import io
 import random
 
-from inference.server.replicas import frames
+from parallel import frames
 
 _LISTS = [[('a', 1)], [('b', (1, 2), 'text'), ('c',)], [], [('d', 'x' * 1000)]]
 

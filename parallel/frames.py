@@ -1,4 +1,4 @@
-"""Messages between two processes of one server, in frames of a socket.
+"""Messages between two processes of one program, in frames of a socket.
 
     socket.sendall(frames.packed([message, ...]))
     for messages in reader.fed(data): ...
@@ -7,7 +7,8 @@ A frame holds a list of messages, so that all updates of a dispatch are one
 write and one wake-up. Messages are tuples of values: a kind and its arguments.
 Weights are never sent: each process reads them from their directory. Both ends
 are one program and the socket is private to them, so pickle reads nothing that
-a client has chosen the type of.
+a client has chosen the type of. Where a socket crosses machines, its ends know
+each other by a secret before the first frame is read.
 """
 
 from collections.abc import Iterator, Sequence

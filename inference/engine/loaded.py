@@ -1,0 +1,81 @@
+"""The arrays and programs of an engine: weights are read while they compile."""
+
+from collections.abc import Callable
+from concurrent import futures
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from inference.engine import device_state, engine_config, execution
+from inference.engine.compiled import programs as programs_lib
+from inference.engine.drafting import draft_model
+from inference.engine.spread import placement as placement_lib, pool as pool_lib
+from models import transformer
+
+
+class Loaded(NamedTuple):
+  """What an engine computes with."""
+
+  state: device_state.State
+  programs: programs_lib.Programs
+  params: device_state.Params  # as the programs take them
+  compile_seconds: float
+
+
+def load(
+  placement: placement_lib.Placement,
+  backend: execution.Backend,
+  params: device_state.Unread,
+  pool: pool_lib.Pool,
+  *,
+  config: engine_config.EngineConfig,
+  dtype: Any,
+  vocab_size: int,
+  make: Callable[..., programs_lib.Programs] = programs_lib.Programs,
+  beside: Callable[[device_state.Params], device_state.Params] = lambda x: x,
+  draft: draft_model.DraftModel | None = None,
+  compile_all: bool = True,
+) -> Loaded:
+  """Allocates the state, compiles the programs and reads the weights.
+
+  Args:
+    placement: the devices.
+    backend: of a device.
+    params: of the model.
+    pool: the pages.
+    config: of the engine.
+    dtype: of the computation.
+    vocab_size: V, ids that may be sampled.
+    make: returns the programs.
+    beside: adds the adapters to shapes of params.
+    draft: the model that drafts, which is loaded too.
+    compile_all: see `programs.Programs`.
+  """
+  model = transformer.Transformer(
+    placement.model, jnp.dtype(dtype), backend.execution
+  )
+  # A thread reads the weights: programs need their shapes alone.
+  with (
+    jax.default_device(placement.device),
+    futures.ThreadPoolExecutor(1) as threads,
+  ):
+    reading = threads.submit(placement.read, backend, params)
+    state = placement.state(model, **pool.sizes(config, backend))
+    start = time.perf_counter()
+    compiled = make(
+      model=model,
+      params=beside(placement.shapes(backend, params)),
+      state=state,
+      config=config,
+      context=config.context(placement.model.max_length),
+      vocab_size=vocab_size,
+      placement=placement,
+      compile_all=compile_all,
+    )
+    if draft:
+      draft.allocate(pool.num_pages, pool.page_tokens, state.slots)
+      draft.compile(compile_all)
+    seconds = time.perf_counter() - start
+    return Loaded(state, compiled, reading.result(), seconds)

@@ -1,0 +1,184 @@
+"""The programs of process 0, each call of which the other processes repeat.
+
+A call is sent as its verb and the values of the host. Arrays on the devices are
+not among them: each process has its own part of the same ones.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import functools
+import threading
+from typing import Any
+
+import numpy as np
+
+from inference.engine import device_state, steps
+from inference.engine.compiled import keys as keys_lib, late, programs
+from inference.engine.processes import leader as leader_lib
+
+
+class Programs(programs.Programs):
+  """The compiled programs of an engine over several processes."""
+
+  def __init__(self, leader: leader_lib.Leader, **fields: Any):
+    """Compiles all programs that steps need; see `programs.Programs`.
+
+    Args:
+      leader: sends the calls.
+      **fields: of `programs.Programs`.
+    """
+    self._leader, self._is_told = leader, False
+    # The others compile the same programs at the same time. None may be called
+    # that one of them lacks.
+    super().__init__(**{**fields, 'compile_all': True})
+    self.masks: Any = _Masks(self.masks, leader)
+
+  @contextlib.contextmanager
+  def _told(self, verb: str, *values: Any) -> Iterator[None]:
+    """Sends a call, unless it is a part of one that is sent already."""
+    with self._leader.order:
+      if self._is_told:
+        yield
+        return
+      self._leader.tell(verb, *values)
+      self._is_told = True
+      try:
+        yield
+      finally:
+        self._is_told = False
+
+  def _noted(self, state: device_state.State) -> device_state.State:
+    self._leader.latest = state
+    return state
+
+  def verify(self, shape, params, state, flat_I):
+    with self._told('verify', shape, flat_I):
+      state, pending = super().verify(shape, params, state, flat_I)
+      return self._noted(state), pending
+
+  def accept(self, state, pending, allowed_XRW=None):
+    # Positions may have changed since `verify`.
+    with self._told('accept', pending.flat_I, allowed_XRW):
+      state, outputs = super().accept(state, pending, allowed_XRW)
+      return self._noted(state), outputs
+
+  def step(self, shape, params, state, flat_I):
+    with self._told('step', shape, flat_I):
+      state, outputs = super().step(shape, params, state, flat_I)
+      return self._noted(state), outputs
+
+  def forward(self, shape, params, state, flat_I):
+    with self._told('forward', shape, flat_I):
+      state, pending = super().forward(shape, params, state, flat_I)
+      return self._noted(state), pending
+
+  def sample(self, state, pending, allowed_RW=None):
+    with self._told('sample', allowed_RW):
+      state, outputs = super().sample(state, pending, allowed_RW)
+      return self._noted(state), outputs
+
+  def seat(self, state, rows):
+    if not rows:
+      return state
+    with self._told('seat', rows):
+      return self._noted(super().seat(state, rows))
+
+  def recount(self, state, slot, ids, num_prompt_tokens):
+    with self._told('recount', slot, tuple(ids), num_prompt_tokens):
+      return self._noted(super().recount(state, slot, ids, num_prompt_tokens))
+
+  def copy_pages(self, state, copies):
+    with self._told('copy_pages', copies):
+      return self._noted(super().copy_pages(state, copies))
+
+
+def maker(leader: leader_lib.Leader | None) -> Callable[..., programs.Programs]:
+  """Returns the class of the programs of an engine, with or without others."""
+  if leader is None:
+    return programs.Programs
+  return functools.partial(Programs, leader)
+
+
+class _Masks:
+  """The programs of grammars, compiled by all processes at the same time."""
+
+  def __init__(self, masks: late.Late, leader: leader_lib.Leader):
+    self._masks, self._leader = masks, leader
+    self._lock, self._is_done = threading.Lock(), False
+
+  def compile(self) -> None:
+    """Compiles the programs, unless they are; from any thread."""
+    with self._lock:
+      if self._is_done:
+        return
+      asked = self._leader.ask('masks')
+      self._masks.compile()
+      self._leader.wait(asked)
+      self._is_done = True
+
+  @property
+  def is_compiling(self) -> bool:
+    """Whether a thread of its own compiles."""
+    return self._masks.is_compiling
+
+
+class Repeated:
+  """The calls of process 0 on the devices of another process."""
+
+  def __init__(
+    self,
+    compiled: programs.Programs,
+    params: device_state.Params,
+    state: device_state.State,
+  ):
+    """Takes the programs, and the weights and the state of these devices."""
+    self.programs, self.params, self.state = compiled, params, state
+    self._pending: Any = None  # of the latest `forward` or `verify`
+
+  def verify(self, shape: keys_lib.Verified, flat_I: np.ndarray) -> None:
+    """Repeats `Programs.verify`."""
+    self.state, self._pending = self.programs.verify(
+      shape, self.params, self.state, flat_I
+    )
+
+  def accept(self, flat_I: np.ndarray, allowed_XRW: np.ndarray | None) -> None:
+    """Repeats `Programs.accept`, with the inputs as they are now."""
+    pending = self._pending._replace(flat_I=flat_I)
+    self.state, _ = self.programs.accept(self.state, pending, allowed_XRW)
+
+  def step(self, shape: steps.Shape, flat_I: np.ndarray) -> None:
+    """Repeats `Programs.step`."""
+    self.state, _ = self.programs.step(shape, self.params, self.state, flat_I)
+
+  def forward(self, shape: steps.Shape, flat_I: np.ndarray) -> None:
+    """Repeats `Programs.forward`."""
+    self.state, self._pending = self.programs.forward(
+      shape, self.params, self.state, flat_I
+    )
+
+  def sample(self, allowed_RW: np.ndarray | None) -> None:
+    """Repeats `Programs.sample`."""
+    self.state, _ = self.programs.sample(self.state, self._pending, allowed_RW)
+
+  def seat(self, rows: list[tuple[int, Any]]) -> None:
+    """Repeats `Programs.seat`."""
+    self.state = self.programs.seat(self.state, rows)
+
+  def recount(
+    self, slot: int, ids: tuple[int, ...], num_prompt_tokens: int
+  ) -> None:
+    """Repeats `Programs.recount`."""
+    self.state = self.programs.recount(self.state, slot, ids, num_prompt_tokens)
+
+  def copy_pages(self, copies: list[tuple[int, int]]) -> None:
+    """Repeats `Programs.copy_pages`."""
+    self.state = self.programs.copy_pages(self.state, copies)
+
+
+# The calls that `Repeated` has, by the names that `Programs` sends.
+VERBS = frozenset(
+  {
+    'verify', 'accept', 'step', 'forward', 'sample', 'seat', 'recount',
+    'copy_pages',
+  }
+)  # fmt: skip
