@@ -47,7 +47,7 @@ from inference.engine import (
   metrics,
 )
 from inference.engine.compiled import compilations, programs
-from inference.engine.drafting import draft_model, speculating
+from inference.engine.drafting import making, speculating
 from inference.engine.spread import placement as placement_lib, pool as pool_lib
 from inference.output import stop_strings
 from inference.requests import (
@@ -84,7 +84,7 @@ class Engine:
     dtype: Any = jnp.float32,
     config: engine_config.EngineConfig = engine_config.EngineConfig(),
     compile_all: bool = True,
-    draft: draft_model.Weights | None = None,
+    draft: making.Weights | None = None,
     devices: Sequence[jax.Device] | None = None,
   ):
     """Allocates the KV cache and compiles the programs.
@@ -99,7 +99,7 @@ class Engine:
       config: the layout of the engine.
       compile_all: False compiles the few programs that every step can use. The
         others are left to `compile_rest`.
-      draft: the model that drafts, with speculation by a model.
+      draft: the model or the head that drafts, with such speculation.
       devices: of which `config.tensor` share the model; None: all here.
     """
     params = device_state.unread(params)
@@ -115,13 +115,12 @@ class Engine:
     self.context = config.context(model_config.max_length)
     self.page_tokens = config.page_tokens(self.context)
     served = self.placement.model
-    self.draft = draft_model.made(draft, config, self.placement)
-    self.backend = backend = _backend(
-      self.placement, config, params, dtype, self.draft
-    )
+    backend = _backend(self.placement, config, params, dtype)
+    self.draft, backend = making.made(draft, config, self.placement, backend)
+    self.backend = backend
     with jax.default_device(device):
       self.adapters = adapter_table.made(config, params.shapes, dtype)
-    others = self.adapters.num_bytes + draft_model.num_bytes(self.draft)
+    others = self.adapters.num_bytes + making.num_bytes(self.draft)
     pool = pool_lib.sized(self.placement, config, backend, params, others)
     self.page_bytes = pool.page_bytes
     self.manager = sequence_manager.SequenceManager(
@@ -143,11 +142,12 @@ class Engine:
         placement=self.placement,
         compile_all=compile_all,
       )
-      if self.draft:
-        self.draft.allocate(pool.num_pages, pool.page_tokens, self._state.slots)
-        self.draft.compile(compile_all)
+      shapes = self.placement.shapes(backend, params)
+      making.compile_now(self.draft, self._state, shapes, compile_all)
       self.compile_seconds = time.perf_counter() - start
       self.params = reading.result()
+    if self.draft:
+      self.draft.use(self.params)
     self.adapters.put = self._programs.put_adapter
     self._flight: flight_lib.Flight | None = None
     self._grammars = grammars.Grammars(tokenizer)
@@ -325,6 +325,8 @@ class Engine:
     params = self.placement.read(self.backend, device_state.unread(params))
     device_state.check_alike(params, self.params)
     self.params, self.weights_digest = params, weights_digest
+    if self.draft:
+      self.draft.use(params)
     self.manager.clear()
 
   def release(self) -> None:
@@ -417,7 +419,7 @@ class Engine:
     if not step.spans:
       return None
     if step.is_verified:
-      step = self._speculator.filled(step, self._state.slots)
+      step = self._speculator.filled(step, self._state)
     self.metrics.dispatches.inc()
     self._state, flight = flight_lib.sent(
       step,
@@ -442,14 +444,10 @@ def _backend(
   config: engine_config.EngineConfig,
   params: device_state.Unread,
   dtype: Any,
-  draft: draft_model.DraftModel | None,
 ) -> execution.Backend:
   """Returns the backend of an engine."""
   platform = placement.device.platform
   chosen = execution.choose(config, placement.model, dtype, platform)
-  backend = placement.backend(
+  return placement.backend(
     chosen.multiplying(config, params.shapes, dtype, platform)
   )
-  if draft is None:
-    return backend
-  return backend._replace(beside_bytes=draft.bytes_per_token)

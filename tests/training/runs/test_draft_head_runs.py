@@ -1,0 +1,97 @@
+"""Whole runs of draft heads: frozen base, resumption, the frozen directory."""
+
+import dataclasses
+
+import pytest
+
+from frozen import draft_heads, manifest as manifest_lib
+from storage import file_names
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.training import tiny_run
+from training.objectives import draft_head
+from training.optimizer import chain
+from training.reporting import metrics as metrics_lib
+
+MODEL = tiny_models.llama_like(
+  vocab_size=264, num_layers=1, max_length=64, init_std=0.5
+)
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+  """Returns a frozen directory of random weights."""
+  directory = tmp_path_factory.mktemp('base') / 'frozen'
+  frozen_dirs.write(directory, config=MODEL)
+  return directory
+
+
+@pytest.fixture(scope='module')
+def make(base, tmp_path_factory):
+  """Returns a function of the fields that differ to an experiment."""
+  corpus = tiny_run.write_corpus(tmp_path_factory.mktemp('corpus'))
+
+  def make(**fields):
+    defaults = {
+      'objective': draft_head.DraftHead(num_steps=2, num_ids=200),
+      'optimizer': chain.OptimizerConfig(warmup_steps=2, peak_lr=3e-3),
+    }
+    return tiny_run.tuning(corpus, base, **{**defaults, **fields})
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def trained(make, tmp_path_factory):
+  """Returns the workdir of a whole run, and its text."""
+  workdir = tmp_path_factory.mktemp('run') / 'head'
+  _, text = tiny_run.run(make(), workdir)
+  return workdir, text
+
+
+def _losses(workdir):
+  return [r['loss'] for r in metrics_lib.read(workdir) if r['kind'] == 'train']
+
+
+@pytest.mark.slow
+def test_a_run_freezes_a_head_for_its_base(trained, base, make):
+  workdir, text = trained
+  losses = _losses(workdir)
+  assert losses[-1] < losses[0] - 0.05
+  evaluated = [r for r in metrics_lib.read(workdir) if r['kind'] == 'eval']
+  for step in (1, 2):
+    assert 0 < evaluated[-1][f'overlap_{step}'] < 1
+  manifest = manifest_lib.read(base)
+  found = draft_heads.read(workdir / file_names.FROZEN, manifest)
+  assert found.manifest.base_digest == manifest.weights_digest
+  assert found.manifest.num_ids == 200
+  width = MODEL.model_width
+  assert found.manifest.num_params == 2 * width**2 + 5 * width * (2 * width)
+  assert 'trained, in a head' in text
+  assert f'of weights {manifest.weights_digest}' in text
+  # Checkpoints hold the head alone.
+  (step,) = {'12'} & {p.name for p in (workdir / 'checkpoints').iterdir()}
+  size = sum(
+    p.stat().st_size
+    for p in (workdir / 'checkpoints' / step / 'params').rglob('*')
+    if p.is_file()
+  )
+  assert size < 6 * found.manifest.num_params
+  _, again = tiny_run.run(make(), workdir)
+  assert 'is complete: step 12' in again
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_bits_of_a_whole_one(trained, make, tmp_path):
+  expected = _losses(trained[0])
+  first = dataclasses.replace(make(), num_steps=6)
+  first = dataclasses.replace(
+    first, freeze=dataclasses.replace(first.freeze, enabled=False)
+  )
+  tiny_run.run(first, tmp_path / 'head')
+  tiny_run.run(make(), tmp_path / 'head')
+  assert _losses(tmp_path / 'head')[2:] == expected[2:]
+  digests = [
+    draft_heads.read_manifest(each / file_names.FROZEN).head_digest
+    for each in (trained[0], tmp_path / 'head')
+  ]
+  assert digests[0] == digests[1]
