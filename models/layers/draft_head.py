@@ -49,19 +49,21 @@ def init(width: int, inner_width: int, key: jax.Array) -> Any:
     inner_width: F, of the gated layer.
     key: PRNG key.
   """
-  # Products of normalised vectors have variance 1; `down` starts at 0.
-  shapes = {
-    'state': (width, width),
-    'token': (width, width),
-    'gate': (2 * width, inner_width),
-    'up': (2 * width, inner_width),
+  # At first a state stays as it is, so guesses begin with the words of the
+  # model's own prediction.
+  shape = 2 * width, inner_width
+  gate, up = (
+    jax.random.normal(key, shape) / shape[0] ** 0.5
+    for key in jax.random.split(key)
+  )
+  matrices = {
+    'state': jnp.eye(width),
+    'token': jnp.zeros((width, width)),
+    'gate': gate,
+    'up': up,
+    'down': jnp.zeros((inner_width, width)),
   }
-  keys = jax.random.split(key, len(shapes))
-  head = {
-    name: {'kernel': jax.random.normal(key, shape) / shape[0] ** 0.5}
-    for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-  }
-  return {**head, 'down': {'kernel': jnp.zeros((inner_width, width))}}
+  return {name: {'kernel': matrix} for name, matrix in matrices.items()}
 
 
 def advanced(

@@ -17,6 +17,9 @@ def args(tmp_path):
   return types.SimpleNamespace(
     model=str(tmp_path / 'frozen'),
     draft_model='',
+    draft_head='',
+    questions='',
+    traces=[],
     batches=['2'],
     tokens=24,
     rounds=1,

@@ -23,6 +23,7 @@ Reference: ReDrafter, arXiv:2403.09919, section 4: distillation of several steps
 behind a recurrent head.
 """
 
+from collections.abc import Mapping
 import dataclasses
 
 import jax
@@ -97,14 +98,13 @@ class DraftHead(port.Objective):
       likeliest token is the model's.
     """
     del others
-    rows = _in_order(batch)
     # No dropout: an engine has none, and the states are its states.
     model = dataclasses.replace(model, dropout_key=None)
-    states_BTD = jax.lax.stop_gradient(
-      model.hidden(
-        params, rows['tokens'], rows['positions'], rows['segment_ids']
-      ).states_BTD
-    )
+    states_BTD = model.hidden(
+      params, batch['tokens'], batch['positions'], batch['segment_ids']
+    ).states_BTD
+    rows = _in_order({**batch, 'states': jax.lax.stop_gradient(states_BTD)})
+    states_BTD = rows['states']
     config, dtype = model.module.config, model.module.dtype
     table_KD = model.head_rows(params, self.num_ids or config.vocab_size)
     log_z_BT = self._log_sums(params, states_BTD, model, rows)
@@ -184,17 +184,20 @@ class DraftHead(port.Objective):
     }
 
 
-def _in_order(batch: port.Batch) -> dict[str, jax.Array]:
-  """Returns the arrays of a batch with documents one after the other.
+def _in_order(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Returns arrays [B, T, ...] with documents one after the other.
 
-  A mesh that splits time reorders the tokens of a row; a guess needs the
-  tokens behind its own.
+  A mesh that splits time has reordered the tokens of a row, and a guess needs
+  the tokens behind its own.
   """
   order_BT = jnp.lexsort((batch['positions'], batch['segment_ids']), axis=1)
-  return {
-    name: jnp.take_along_axis(batch[name], order_BT, axis=1)
-    for name in port.TOKEN_ROWS
-  }
+
+  def ordered(x):
+    shape = *order_BT.shape, *[1] * (x.ndim - 2)
+    return jnp.take_along_axis(x, order_BT.reshape(shape), axis=1)
+
+  names = *port.TOKEN_ROWS, 'states'
+  return {name: ordered(batch[name]) for name in names}
 
 
 def _later(x: jax.Array, steps: int) -> jax.Array:
