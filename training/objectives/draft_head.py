@@ -13,7 +13,7 @@ the model's own distribution P of the same token:
 
 tv is the share of drafts that rejection sampling rejects (Leviathan et al.,
 arXiv:2211.17192, corollary 3.6), and its gradient is small while Q is far from
-P; kl is an upper bound (Pinsker) with a steady gradient. A guess of step k
+P; kl bounds it (Pinsker), and has a steady gradient. A guess of step k
 counts `step_decay`^(k - 1), since it is of use only after k - 1 right ones.
 
 Nothing of a text is needed but its tokens; drafts are best for the text that

@@ -121,29 +121,21 @@ class DraftHead:
       params: shapes of its params.
     """
     self._page_size = state.kv_cache[-1].page_size
-    dtype = self._weights.dtype
+    dtype, shared = self._weights.dtype, layered.parted(params)[0]
     head = jax.tree.map(lambda x: jnp.asarray(x, dtype), self._weights.head)
-    table_KD = jax.eval_shape(self._table, params)
+    table_KD = jax.eval_shape(self._rows_of, shared)
     self._drawing = Drawing(head, table_KD)
-    self._shapes = jax.tree.map(
-      _abstract,
-      (
-        layered.parted(params)[0],
-        self._drawing,
-        state.kv_cache[-1],
-        state.slots,
-      ),
-    )
+    arrays = shared, self._drawing, state.kv_cache[-1], state.slots
+    self._shapes = jax.tree.map(_abstract, arrays)
 
   def use(self, params: device_state.Params) -> None:
     """Takes the tables of the model, which the engine computes with now."""
     self._shared = layered.parted(params)[0]
-    self._drawing = self._drawing._replace(table_KD=_rows(self._table, params))
+    table_KD = self._rows_of(self._shared)
+    self._drawing = self._drawing._replace(table_KD=table_KD)
 
-  def _table(self, params: Any) -> jax.Array:
-    shared = layered.parted(params)[0]
-    table_VD = steps.apply(self._model, shared, method='head_matrix')
-    return table_VD[: self._num_ids].astype(self._weights.dtype)
+  def _rows_of(self, shared: device_state.Params) -> jax.Array:
+    return first_rows(shared, model=self._model, num_ids=self._num_ids)
 
   @property
   def arrays(self) -> Drawing:
@@ -294,9 +286,13 @@ def draft(
   return jax.lax.while_loop(is_left, step, carry)[-1]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _rows(table: Any, params: device_state.Params) -> jax.Array:
-  return table(params)
+@functools.partial(jax.jit, static_argnames=('model', 'num_ids'))
+def first_rows(
+  shared: device_state.Params, *, model: transformer.Transformer, num_ids: int
+) -> jax.Array:
+  """Returns the first rows of a model's unembedding, [K, D], in its dtype."""
+  table_VD = steps.apply(model, shared, method='head_matrix')
+  return table_VD[:num_ids].astype(model.dtype)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import transformer
+from models import adapter_config, transformer
 from models.layers import draft_head as head_lib
 from tests.helpers import tiny_models
 from tests.helpers.training import tiny_experiment
@@ -134,4 +134,10 @@ def test_values_that_no_run_can_use_are_refused():
     objective.init_heads(MODEL, jax.random.key(0))
   fields = {'model': MODEL, 'objective': draft_head.DraftHead()}
   with pytest.raises(ValueError, match="init_from: got '' for a draft head"):
+    tiny_experiment.make(**fields).validate()
+  fields |= {
+    'init_from': 'base',
+    'adapter': adapter_config.AdapterConfig(rank=2),
+  }
+  with pytest.raises(ValueError, match='rank: got 2 with DraftHead, expected'):
     tiny_experiment.make(**fields).validate()

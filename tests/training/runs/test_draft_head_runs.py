@@ -95,3 +95,20 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(trained, make, tmp_path):
     for each in (trained[0], tmp_path / 'head')
   ]
   assert digests[0] == digests[1]
+
+
+@pytest.mark.slow
+def test_another_base_is_refused(trained, make, base, tmp_path):
+  workdir = tmp_path / 'head'
+  stopped = dataclasses.replace(make(), num_steps=6)
+  tiny_run.run(stopped, workdir)
+  before = draft_heads.read_manifest(workdir / file_names.FROZEN)
+  frozen_dirs.write(
+    tmp_path / 'other',
+    params=frozen_dirs.params(MODEL, seed=7),
+    config=MODEL,
+  )
+  other = dataclasses.replace(make(), init_from=str(tmp_path / 'other'))
+  with pytest.raises(ValueError, match='got a base with weights .* on which'):
+    tiny_run.run(other, workdir)
+  assert before == draft_heads.read_manifest(workdir / file_names.FROZEN)

@@ -9,7 +9,7 @@ import pytest
 
 from frozen import draft_heads, format as frozen_format, manifest
 from inference import drafts, generate
-from inference.engine import engine_config
+from inference.engine import device_state, engine_config
 from inference.engine.compiled import layered
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
@@ -235,6 +235,16 @@ def test_a_head_belongs_to_its_weights(tmp_path):
   path.write_bytes(damaged)
   with pytest.raises(ValueError, match='copy or freeze the directory again'):
     draft_heads.read(tmp_path / 'head', base)
+
+
+def test_states_in_pages_are_never_quantised():
+  for dtype, kv_dtype, expected in (
+    ('float32', 'float32', 'float32'),
+    ('float32', 'int8', 'float32'),
+    ('bfloat16', 'uint8', 'uint16'),  # the bits of fp8, and of bfloat16
+    ('bfloat16', 'bfloat16', 'bfloat16'),
+  ):
+    assert device_state.hidden_dtype(dtype, kv_dtype) == expected
 
 
 def test_settings_of_a_draft_head_that_cannot_be_are_refused():
