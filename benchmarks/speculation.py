@@ -64,13 +64,14 @@ def engine_of(
   args: Any, batch_size: int, speculation: str
 ) -> engine_lib.Engine:
   """Returns an engine for one batch size, with one kind of drafts."""
+  context = frozen_format.read_config(args.model).max_length
   config = engine_config.EngineConfig(
     max_sequences=batch_size,
     decode_shapes=(batch_size,),
     chunk_tokens=128,
     max_chunks=1,
     max_mixed_chunks=1,
-    max_length=_ROOM + args.tokens,
+    max_length=min(_ROOM + args.tokens, context),
     numerics=args.numerics,
     speculation=speculation,
     draft_model=args.draft_model if speculation == 'model' else '',
@@ -124,7 +125,7 @@ def questions_of(args: Any, engine: engine_lib.Engine) -> list[Any]:
     engine.tokenizer,
     frozen_format.read_chat_template(args.model),
     name='--questions',
-    most_tokens=_ROOM,
+    most_tokens=engine.context - args.tokens,
     too_long=data_config.DROP,
   )
   return [each.ids for each in found.prompts]
