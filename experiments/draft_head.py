@@ -51,8 +51,9 @@ def get_config(directory: str = '') -> experiment.Experiment:
       tokenizer=init_from.tokenizer_of(directory or BASE),
     ),
     objective=draft_head.DraftHead(),
+    # No norm is between the head and the logits: 2e-3 diverged on SmolLM2.
     optimizer=chain.OptimizerConfig(
-      peak_lr=1e-3, end_lr=1e-4, warmup_steps=20, weight_decay=0.0
+      peak_lr=7e-4, end_lr=7e-5, warmup_steps=20, weight_decay=0.0
     ),
     num_steps=400,
     log_every_steps=10,

@@ -170,9 +170,9 @@ def freeze_checkpoint(
   workdir = pathlib.Path(workdir).resolve()
   run = _read_run(workdir)
   checkpoint = _checkpoint(workdir, step)
-  base = run.get('base', {})
-  if chat_template is None:
-    chat_template = base.get('chat_template', '')
+  base, template = run.get('base', {}), chat_template
+  if template is None:
+    template = base.get('chat_template', '')
   config = model_config.ModelConfig.from_dict(run['model'])
   seals.check(checkpoint, run)
   progress = json.loads((checkpoint / file_names.PROGRESS).read_text('utf-8'))
@@ -187,7 +187,7 @@ def freeze_checkpoint(
   if adapters.COLLECTION in params:
     trained = _trained_adapters(run, config, params[adapters.COLLECTION])
     if not _merges(run, merge_adapter, heads):
-      texts = _texts(chat_template, settings) | made
+      texts = _texts(template, settings) | made
       return _write_adapter(out, trained, provenance, texts, overwrite)
     params = adapters_lib.merge(trained.params, trained.effective)
     config = dataclasses.replace(config, scan_layers=False)
@@ -202,7 +202,7 @@ def freeze_checkpoint(
     provenance=provenance,
     tokenizer_dir=workdir / file_names.TOKENIZER,
     generation=settings,
-    chat_template=chat_template,
+    chat_template=template,
     texts=made,
     overwrite=overwrite,
   )
