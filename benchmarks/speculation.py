@@ -16,7 +16,8 @@ not at all with --numerics=invariant. Traces:
     free    temperature 1 behind a short prompt: there is little to look up
     mixed   half of the batch of each
     asked   with --questions: greedy answers to questions of a file, each as a
-            server would render it (data/examples/prompts.py has the shapes)
+            server would render it (data/examples/prompts.py has the shapes);
+            answers of a few tokens say nothing about a rate
 
 A rate counts the tokens after the first one of all sequences. Goals: at least
 1.5 times as fast on `edit` with look-ups, 1.3 times on `asked` with a head and
