@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from checks import expect, path_flags, paths
 from frozen import (
   adapters as adapters_lib,
+  draft_heads,
   format as frozen_format,
   manifest as manifest_lib,
   recipe,
@@ -37,7 +38,7 @@ from frozen import (
   stored_params,
 )
 from models import adapter_config, axes, layout, model_config
-from models.layers import adapters, reward_head
+from models.layers import adapters, draft_head, reward_head
 from storage import file_names, public_paths
 
 # The tree in a checkpoint for each kind of weights.
@@ -46,6 +47,11 @@ LATEST = -1
 DTYPES = ('float32', 'bfloat16')
 
 # Fields that training writes into run.json, and that freezing needs.
+Frozen = (
+  manifest_lib.Manifest
+  | adapters_lib.AdapterManifest
+  | draft_heads.DraftHeadManifest
+)
 _RUN_FIELDS = {
   'experiment',
   'model',
@@ -134,8 +140,10 @@ def freeze_checkpoint(
   chat_template: str | None = None,
   merge_adapter: bool | None = None,
   overwrite: bool = False,
-) -> manifest_lib.Manifest | adapters_lib.AdapterManifest:
+) -> Frozen:
   """Writes one checkpoint of a run as a frozen directory.
+
+  A run that trained a draft head writes the directory of one, without dtype.
 
   Args:
     workdir: directory of the run.
@@ -145,8 +153,8 @@ def freeze_checkpoint(
     weights: one of `frozen.manifest.WEIGHTS`.
     generation: recommended settings that the experiment chooses, see
       `generation_of`; None: the settings of the recorded experiment.
-    chat_template: Jinja source, '' for the default transcript; None: the
-      template of the weights that the run started from.
+    chat_template: Jinja source, '' for the default transcript; None: that of
+      the weights that the run started from.
     merge_adapter: for a run that trained adapters: whether to merge them into
       their base; False: write an adapter directory, without dtype. None: as the
       run was configured.
@@ -174,18 +182,13 @@ def freeze_checkpoint(
   provenance = _provenance(run, base, progress, weights)
   settings = _settings(run, generation)
   made = _recipe(workdir, run, progress)
+  if head := params.get(axes.HEADS, {}).get(draft_head.NAME):
+    return _write_head(out, head, run, provenance, made, overwrite)
   if adapters.COLLECTION in params:
     trained = _trained_adapters(run, config, params[adapters.COLLECTION])
     if not _merges(run, merge_adapter, heads):
-      return adapters_lib.write(
-        out,
-        adapters_lib.files_of(trained),
-        trained.base,
-        provenance=provenance,
-        base_form=trained.config.base,
-        texts=_texts(template, settings) | made,
-        overwrite=overwrite,
-      )
+      texts = _texts(template, settings) | made
+      return _write_adapter(out, trained, provenance, texts, overwrite)
     params = adapters_lib.merge(trained.params, trained.effective)
     config = dataclasses.replace(config, scan_layers=False)
   params, config = serving_params(
@@ -200,6 +203,37 @@ def freeze_checkpoint(
     tokenizer_dir=workdir / file_names.TOKENIZER,
     generation=settings,
     chat_template=template,
+    texts=made,
+    overwrite=overwrite,
+  )
+
+
+def _write_adapter(
+  out, trained, provenance, texts, overwrite
+) -> adapters_lib.AdapterManifest:
+  """Writes an adapter directory."""
+  return adapters_lib.write(
+    out,
+    adapters_lib.files_of(trained),
+    trained.base,
+    provenance=provenance,
+    base_form=trained.config.base,
+    texts=texts,
+    overwrite=overwrite,
+  )
+
+
+def _write_head(
+  out, head, run, provenance, made, overwrite
+) -> draft_heads.DraftHeadManifest:
+  """Writes the directory of a draft head."""
+  num_ids = run['config']['objective']['num_ids']
+  return draft_heads.write(
+    out,
+    head,
+    base_digest=run['lineage']['init_from'],
+    num_ids=num_ids or run['model']['vocab_size'],
+    provenance=provenance,
     texts=made,
     overwrite=overwrite,
   )
@@ -395,6 +429,11 @@ def main(argv) -> None:
     print(f'step {manifest.step}, {manifest.num_params:,} params of adapters')
     print(f'adapter {manifest.adapter_digest} ({manifest.weights})')
     print(f'of base {manifest.base_digest} ({manifest.base_name})')
+    return
+  if isinstance(manifest, draft_heads.DraftHeadManifest):
+    print(f'step {manifest.step}, {manifest.num_params:,} params of a head')
+    print(f'draft head {manifest.head_digest} ({manifest.weights})')
+    print(f'of weights {manifest.base_digest}')
     return
   print(
     f'step {manifest.step}, {manifest.num_params:,} {manifest.dtype} params'

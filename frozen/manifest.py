@@ -19,7 +19,8 @@ FORMAT_VERSION = 1
 # Weights of a run that can be frozen. auto: the average if the run keeps one,
 # else raw.
 WEIGHTS = ('auto', 'raw', 'average')
-ADAPTER = 'adapter'  # the kind of other manifests, see frozen/adapters.py
+# The kinds of other manifests, see frozen/adapters.py, frozen/draft_heads.py.
+ADAPTER, DRAFT_HEAD = 'adapter', 'draft_head'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,11 @@ def read(directory: pathlib.Path) -> Manifest:
       f'{path}: got the directory of an adapter, expected a frozen one; give'
       ' its base, and the adapter beside it, or make one of both with `python'
       ' -m frozen.adapters merge`'
+    )
+  if isinstance(fields, dict) and fields.get('kind') == DRAFT_HEAD:
+    raise ValueError(
+      f'{path}: got the directory of a draft head, expected a frozen one; give'
+      ' its model, and the head with --engine.draft_head'
     )
   version = fields.get('format_version') if isinstance(fields, dict) else None
   if version != FORMAT_VERSION:

@@ -1,38 +1,52 @@
-"""The model that drafts for another one: read, and compared with it.
+"""The model or the head that drafts for a model: read, and compared with it.
 
-Both have the same ids, since one verifies the tokens of the other.
+A draft model has the same ids, since the other one verifies its tokens. A draft
+head was trained for one set of weights.
 """
 
 import pathlib
 
+import jax.numpy as jnp
+
 from checks import paths
 from frozen import (
+  draft_heads,
   format as frozen_format,
   manifest as manifest_lib,
   stored_kernels,
 )
-from inference.engine import device_state, engine_config
-from inference.engine.drafting import draft_model
+from inference.engine import device_state, engine_config, execution
+from inference.engine.drafting import draft_head, draft_model, making
 from models import model_config
 from storage import file_names
 
 _MODEL = 'params'  # the collection that an engine computes with
 _FLAG = 'engine.draft_model'
+_HEAD_FLAG = 'engine.draft_head'
 
 
 def read(
   config: engine_config.EngineConfig, target: frozen_format.Opened
-) -> draft_model.Weights | None:
-  """Returns the draft model of a config; its weights are read later.
+) -> making.Weights | None:
+  """Returns what drafts with a config; a model's weights are read later.
 
   Args:
     config: of the engine.
     target: the model that it drafts for.
 
   Raises:
-    FileNotFoundError: there is no frozen directory.
-    ValueError: it is damaged, no language model, or has other ids.
+    FileNotFoundError: there is no such directory.
+    ValueError: it is damaged, no language model, has other ids, or is a head of
+      other weights.
   """
+  if config.draft_head:
+    directory = paths.expanded(_HEAD_FLAG, config.draft_head)
+    found = draft_heads.read(directory, target.manifest)
+    return draft_head.Weights(
+      head=found.head,
+      num_ids=found.manifest.num_ids,
+      dtype=target.manifest.dtype,
+    )
   if not config.draft_model:
     return None
   directory = paths.expanded(_FLAG, config.draft_model)
@@ -62,24 +76,38 @@ def read(
 
 
 def memory(
-  config: engine_config.EngineConfig, platform: str
+  config: engine_config.EngineConfig,
+  manifest: manifest_lib.Manifest,
+  backend: execution.Backend,
+  platform: str,
 ) -> tuple[int, float]:
-  """Returns the bytes of the draft model, and of its KV cache per token.
+  """Returns the bytes of what drafts, and its bytes per token of a sequence.
 
-  They are known from its manifest; 0 if the config has none.
+  They are known from manifests; 0 if the config has no such drafts.
 
   Args:
     config: of an engine.
+    manifest: of the model.
+    backend: of the model.
     platform: of its device.
   """
+  if config.draft_head:
+    directory = paths.expanded(_HEAD_FLAG, config.draft_head)
+    found = draft_heads.read_manifest(directory)
+    numbers = found.num_params + found.num_ids * found.model_width
+    stored = device_state.hidden_dtype(manifest.dtype, backend.kv_dtype)
+    return (
+      numbers * jnp.dtype(manifest.dtype).itemsize,
+      found.model_width * jnp.dtype(stored).itemsize,
+    )
   if not config.draft_model:
     return 0, 0.0
   directory = paths.expanded(_FLAG, config.draft_model)
   manifest = manifest_lib.read(pathlib.Path(directory))
   model = model_config.ModelConfig.from_dict(manifest.model)
   weights = stored_kernels.num_bytes(frozen_format.shapes_of(manifest, model))
-  backend = draft_model.backend(config, model, manifest.dtype, platform)
-  return weights, backend.bytes_per_token(model)
+  drafting = draft_model.backend(config, model, manifest.dtype, platform)
+  return weights, drafting.bytes_per_token(model)
 
 
 def _tokenizer_files(manifest: manifest_lib.Manifest) -> dict[str, str]:

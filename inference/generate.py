@@ -210,9 +210,10 @@ class Generator:
     )
     if engine.draft is None:
       return text
-    own = pages * engine.page_tokens * engine.draft.bytes_per_token
+    own = pages * engine.page_tokens * engine.backend.beside_bytes
     return (
-      f'{text}; draft model {engine.draft.num_bytes / 2**20:,.0f} MiB, and'
+      f'{text}; draft {engine.config.speculation}'
+      f' {engine.draft.num_bytes / 2**20:,.0f} MiB, and'
       f' {own / 2**20:,.0f} MiB of the KV cache'
     )
 

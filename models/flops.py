@@ -155,7 +155,11 @@ def _keys_seen(start: int, length: int, window: int) -> float:
 
 
 def train_flops_per_token(
-  config: model_config.ModelConfig, row_length: int, *, is_frozen: bool = False
+  config: model_config.ModelConfig,
+  row_length: int,
+  *,
+  is_frozen: bool = False,
+  is_read_only: bool = False,
 ) -> float:
   """Returns the training FLOPs of one token: forward, and twice for backward.
 
@@ -165,7 +169,11 @@ def train_flops_per_token(
   Args:
     is_frozen: whether the weights have no gradients, as below adapters. The
       products of the adapters themselves are not counted.
+    is_read_only: whether no gradient goes through the model at all, as below
+      heads that read its states. The heads are not counted.
   """
   weights = 2.0 * num_matmul_params(config) if is_frozen else 0.0
   once = span_flops(config, 0, row_length, row_length) / row_length
+  if is_read_only:
+    return once
   return 3.0 * once - weights

@@ -161,6 +161,30 @@ def init_pages(
   return tuple(pool() for _ in range(config.num_layers))
 
 
+def init_hidden(
+  config: model_config.ModelConfig,
+  *,
+  num_pages: int,
+  page_size: int,
+  dtype: Any,
+) -> Pages:
+  """Returns the empty pool of the final hidden states of tokens.
+
+  One vector of width D per token, in the pages of its keys and values. A draft
+  head reads it (`models/layers/draft_head.py`); the model itself never does.
+  """
+  shape = num_pages, page_size, 1, config.model_width
+  return Pages(jnp.zeros(shape, dtype))
+
+
+def write_hidden(
+  layer: PagedLayer, hidden_1TD: jax.Array, positions_1T: jax.Array
+) -> PagedLayer:
+  """Returns the pool of `init_hidden` with the states of a call."""
+  rows_1T1D = hidden_1TD[:, :, None]
+  return _write_pages(layer, rows_1T1D, rows_1T1D, positions_1T)
+
+
 def length(cache: Cache) -> int | None:
   """Returns S, the slots per sequence of a dense cache; None for pages."""
   if isinstance(cache, tuple) and isinstance(cache[0], PagedLayer):

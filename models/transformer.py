@@ -327,6 +327,10 @@ class Transformer(nn.Module):
         ' with a longer model.max_length'
       )
 
+  def token_rows(self, tokens: jax.Array) -> jax.Array:
+    """Returns the embeddings of tokens [B, T] alone, [B, T, D]."""
+    return self.execution.look_up(self.embed.embedding, tokens)
+
   def head_matrix(self) -> jax.Array:
     """Returns the unembedding matrix, [V, D]; the embedding if tied."""
     return table_lib.whole(self._head_table(), self.dtype)

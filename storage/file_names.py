@@ -25,6 +25,10 @@ FROZEN/                       weights to serve, and all that they need
 ADAPTER/                      a change of frozen weights: frozen/adapters.py
   manifest.json               of another kind: the digest of the base, its own
   adapter_config.json  adapter_model.safetensors  as peft has them
+
+DRAFT_HEAD/                   guesses for frozen weights: frozen/draft_heads.py
+  manifest.json               of another kind: the weights' digest, its own
+  draft_head.safetensors
 """
 
 # In a workdir.

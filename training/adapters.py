@@ -1,9 +1,9 @@
-"""Runs that train adapters: the base is frozen, and only adapters are state.
+"""Runs with a frozen base: only adapters, or only heads, are state.
 
     state.params         {'adapters': {layer: {a, b}}}, and heads if any
     state.frozen_params  {'init_from': variables of the base}
 
-So gradients, moments, averages and checkpoints hold adapters alone. The base is
+So gradients, moments, averages and checkpoints hold these alone. The base is
 read again from its frozen directory when a run resumes, and its digest is
 compared. The step computes with `joined` variables.
 """
@@ -25,12 +25,14 @@ BASE = 'init_from'  # in `TrainState.frozen_params`, and in a lineage
 
 
 def joined(config: adapter_config.AdapterConfig) -> step.Joined:
-  """Returns the function that joins a state's params to their base."""
+  """Returns the function that joins a state's params to their base, if any."""
 
   def join(params, frozen_params):
-    if not config.rank:
+    if not frozen_params or BASE not in frozen_params:
       return params
     base = jax.lax.stop_gradient(frozen_params[BASE])
+    if not config.rank:
+      return {**params, **base}
     read = adapter_config.effective(
       config, base['params'], params[adapters.COLLECTION]
     )
@@ -48,6 +50,8 @@ def first(
     key: PRNG key of the run.
     base: variables of the frozen model.
   """
+  if not config.rank:
+    return {}  # heads alone
   key = jax.random.fold_in(key, 2)  # heads take 1
   return {adapters.COLLECTION: adapter_config.init(config, base['params'], key)}
 
@@ -101,12 +105,12 @@ def check_base(
   experiment: experiment_lib.Experiment, recorded: Mapping[str, str]
 ) -> None:
   """Raises ValueError if a run would resume on another base."""
-  if not experiment.adapter.rank:
+  if not experiment.is_base_frozen:
     return
   got = manifest_lib.read(init_from.directory(experiment)).weights_digest
   if recorded.get(BASE) != got:
     raise ValueError(
       f'config.init_from: got a base with weights {got[:12]}, expected'
-      f' {recorded.get(BASE, "none")[:12]}, on which the adapters were trained'
+      f' {recorded.get(BASE, "none")[:12]}, on which the run has trained'
       ' so far; set config.init_from back, or use another --workdir'
     )

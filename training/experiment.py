@@ -214,14 +214,35 @@ class Experiment:
     self.evals.validate(self.eval_every_steps)
     average.validate(self.optimizer.rule, self.ema_decay, self.freeze.weights)
     self.objective.check_start(self.init_from)
+    self._check_heads()
     self._check_examples()
     self._check_batches()
     self._check_rollouts()
 
   @property
+  def is_base_frozen(self) -> bool:
+    """Whether the weights of init_from stay as they are in training."""
+    return bool(self.adapter.rank) or self.objective.trains_heads_alone
+
+  @property
   def computes_invariantly(self) -> bool:
     """Whether the trained model has the bits of an invariant sampler."""
     return self.rollouts is not None and self.rollouts.numerics == 'invariant'
+
+  def _check_heads(self) -> None:
+    """Refuses an objective of heads alone beside weights that change."""
+    if not self.objective.trains_heads_alone:
+      return
+    for name, value in (
+      ('adapter.rank', self.adapter.rank),
+      ('config.rollouts', int(self.rollouts is not None)),
+    ):
+      if value:
+        raise ValueError(
+          f'{name}: got {value} with {type(self.objective).__name__}, expected'
+          ' none: it trains a head beside weights that stay as they are; freeze'
+          ' the other run first, and set config.init_from'
+        )
 
   def _check_rollouts(self) -> None:
     """Refuses rollouts that the rest of the experiment cannot train."""

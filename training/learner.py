@@ -329,7 +329,10 @@ def make(
     placement=placement,
     abstract_state=abstract_state,
     flops_per_token=flops.train_flops_per_token(
-      experiment.model, experiment.data.row_length, is_frozen=base is not None
+      experiment.model,
+      experiment.data.row_length,
+      is_frozen=base is not None,
+      is_read_only=experiment.objective.trains_heads_alone,
     ),
     joined=adapters.joined(experiment.adapter),
     max_documents=max_documents,
@@ -391,8 +394,8 @@ def _frozen_as(
 def _abstract_base(
   experiment: experiment_lib.Experiment, model: transformer.Transformer
 ) -> Any:
-  """Returns the shapes of the base below adapters; None without adapters."""
-  if not experiment.adapter.rank:
+  """Returns the shapes of the frozen base of a run; None: it has none."""
+  if not experiment.is_base_frozen:
     return None
   return jax.eval_shape(
     functools.partial(adapters.in_form, experiment.adapter),
@@ -410,7 +413,8 @@ def _first_state(
   """Returns the state before the first step. Pure: jit or eval_shape it.
 
   Args:
-    base: weights under the state's adapters; None: the state has the weights.
+    base: weights below the state's adapters or heads; None: the state has the
+      weights.
   """
   options = _state_options(experiment)
   if base is None:

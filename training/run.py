@@ -24,6 +24,7 @@ import rich.console
 
 from frozen import (
   adapters as frozen_adapters,
+  draft_heads,
   format as frozen_format,
   freeze,
   manifest as manifest_lib,
@@ -185,8 +186,10 @@ def _unlike(
     manifest, dtype = _read_manifest(frozen, experiment)
     manifest_lib.check_files(frozen, manifest)
     run = run_record.read(frozen.parent)
-    generation = frozen_format.read_generation(frozen)
-    template = frozen_format.read_chat_template(frozen)
+    # A head alone has neither settings of requests nor a template.
+    is_model = not experiment.objective.trains_heads_alone
+    generation = frozen_format.read_generation(frozen) if is_model else {}
+    template = frozen_format.read_chat_template(frozen) if is_model else ''
   except (OSError, ValueError) as error:
     return str(error)
   wanted = experiment.freeze
@@ -199,6 +202,7 @@ def _unlike(
   settings = freeze.generation_of(
     run, freeze.chosen_generation(dataclasses.asdict(wanted))
   )
+  settings = settings if is_model else {}
   for name, got, expected in (
     ('step', manifest.step, step),
     ('freeze.dtype', dtype, wanted.dtype),
@@ -210,14 +214,14 @@ def _unlike(
   ):
     if got != expected:
       return f'{frozen} has {name} = {got}, not {expected}'
-  if template != run.get('base', {}).get('chat_template', ''):
+  if is_model and template != run.get('base', {}).get('chat_template', ''):
     return f'{frozen} has another chat template'
   return ''
 
 
 def _read_manifest(
   frozen: pathlib.Path, experiment: experiment_lib.Experiment
-) -> tuple[manifest_lib.Manifest | frozen_adapters.AdapterManifest, str]:
+) -> tuple[freeze.Frozen, str]:
   """Returns the manifest of the frozen result, and its dtype.
 
   Raises:
@@ -227,6 +231,8 @@ def _read_manifest(
     # The dtype of an adapter is always the same.
     manifest = frozen_adapters.read_manifest(frozen)
     return manifest, experiment.freeze.dtype
+  if experiment.objective.trains_heads_alone:
+    return draft_heads.read_manifest(frozen), experiment.freeze.dtype
   manifest = manifest_lib.read(frozen)
   return manifest, manifest.dtype
 
@@ -470,7 +476,7 @@ def _start_or_restore(experiment, parts, saved, goodput, step):
   if not step:
     key = first_key(experiment.seed)
     init_from.check_tokenizer(experiment, parts.tokenizer)
-    if experiment.init_from and not experiment.adapter.rank:
+    if experiment.init_from and not experiment.is_base_frozen:
       params = init_from.read(experiment)
       return parts.learner.init_with(key, params), checkpoint.Progress()
     return parts.learner.init(key), checkpoint.Progress()

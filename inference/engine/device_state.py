@@ -12,7 +12,10 @@ from inference.sampling import penalties, sampler as sampler_lib
 from models import axes, kv_cache as kv_cache_lib, transformer
 
 Params = Any  # the variables of `models.transformer.Transformer`
-KVCache = tuple[kv_cache_lib.Pages, ...]  # the pages of each layer
+# The pages of each layer. With a draft head, one more: the final hidden states
+# of the same tokens, so they follow prefix hits, forks and preemptions as keys
+# do.
+KVCache = tuple[kv_cache_lib.Pages, ...]
 
 
 class Unread(NamedTuple):
@@ -95,6 +98,7 @@ def init_state(
   kv_dtype: Any,
   channels: int,
   vocab_size: int,
+  keeps_hidden: bool = False,
 ) -> State:
   """Returns the state of an engine without sequences.
 
@@ -106,6 +110,7 @@ def init_state(
     kv_dtype: of the pages.
     channels: C of the pages; some kernels want more than the model has.
     vocab_size: V, ids that may be sampled.
+    keeps_hidden: whether pages hold final hidden states, too.
   """
   pages = kv_cache_lib.init_pages(
     model.config,
@@ -114,6 +119,14 @@ def init_state(
     dtype=kv_dtype,
     channels=channels,
   )
+  if keeps_hidden:
+    hidden = kv_cache_lib.init_hidden(
+      model.config,
+      num_pages=num_pages,
+      page_size=page_size,
+      dtype=hidden_dtype(model.dtype, kv_dtype),
+    )
+    pages = (*pages, hidden)
   slots = Slots(
     last_B=jnp.zeros((num_slots + 1,), jnp.int32),
     has_ended_B=jnp.zeros((num_slots + 1,), bool),
@@ -121,6 +134,22 @@ def init_state(
     seen_BV=jnp.zeros((num_slots + 1, vocab_size), jnp.int32),
   )
   return State(pages, slots)
+
+
+def hidden_dtype(dtype: Any, kv_dtype: Any) -> Any:
+  """Returns the dtype of the final hidden states in pages.
+
+  They are never quantised, since one state is all that a draft begins with.
+
+  Args:
+    dtype: of the computation.
+    kv_dtype: of keys and values.
+  """
+  if jnp.dtype(kv_dtype).name not in kv_cache_lib.QUANTIZED:
+    return kv_dtype
+  if jnp.dtype(dtype) == jnp.bfloat16:
+    return kv_cache_lib.BFLOAT16_BITS
+  return dtype
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))

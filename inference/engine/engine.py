@@ -46,7 +46,7 @@ from inference.engine import (
   metrics,
 )
 from inference.engine.compiled import compilations
-from inference.engine.drafting import draft_model, speculating
+from inference.engine.drafting import making, speculating
 from inference.engine.processes import follower, leader as leader_lib, told
 from inference.engine.spread import placement as placement_lib, pool as pool_lib
 from inference.output import stop_strings
@@ -84,7 +84,7 @@ class Engine:
     dtype: Any = jnp.float32,
     config: engine_config.EngineConfig = engine_config.EngineConfig(),
     compile_all: bool = True,
-    draft: draft_model.Weights | None = None,
+    draft: making.Weights | None = None,
     devices: Sequence[jax.Device] | None = None,
     leader: leader_lib.Leader | None = None,
   ):
@@ -100,7 +100,7 @@ class Engine:
       config: the layout of the engine.
       compile_all: False compiles the few programs that every step can use. The
         others are left to `compile_rest`.
-      draft: the model that drafts, with speculation by a model.
+      draft: the model or the head that drafts, with such speculation.
       devices: of which `config.tensor` share the model; None: all here.
       leader: tells the other processes of an engine over several; None: all
         devices are of this process.
@@ -121,13 +121,12 @@ class Engine:
     self.device = self.placement.device
     self.context = config.context(model_config.max_length)
     self.page_tokens = config.page_tokens(self.context)
-    self.draft = draft_model.made(draft, config, self.placement)
-    self.backend = backend = placement_lib.backend_of(
-      self.placement, config, params, dtype
-    )._replace(beside_bytes=draft_model.token_bytes(self.draft))
+    backend = placement_lib.backend_of(self.placement, config, params, dtype)
+    self.draft, backend = making.made(draft, config, self.placement, backend)
+    self.backend = backend
     with jax.default_device(self.device):
       self.adapters = adapter_table.made(config, params.shapes, dtype)
-    others = self.adapters.num_bytes + draft_model.num_bytes(self.draft)
+    others = self.adapters.num_bytes + making.num_bytes(self.draft)
     pool = pool_lib.sized(self.placement, config, backend, params, others)
     self.page_bytes = pool.page_bytes
     self.manager = sequence_manager.SequenceManager(
@@ -148,6 +147,8 @@ class Engine:
       compile_all=compile_all,
     )
     self._state, self._programs, self.params, self.compile_seconds = made
+    if self.draft:
+      self.draft.use(self.params)
     if leader:
       leader.wait(loading)
     self.adapters.put = self._programs.put_adapter
@@ -347,6 +348,8 @@ class Engine:
     params = self.placement.read(self.backend, device_state.unread(params))
     device_state.check_alike(params, self.params)
     self.params, self.weights_digest = params, weights_digest
+    if self.draft:
+      self.draft.use(params)
     self.manager.clear()
 
   def whole_params(self) -> device_state.Params:
@@ -451,7 +454,7 @@ class Engine:
     if not step.spans:
       return None
     if step.is_verified:
-      step = self._speculator.filled(step, self._state.slots)
+      step = self._speculator.filled(step, self._state)
     self.metrics.dispatches.inc()
     self._state, flight = flight_lib.sent(
       step,

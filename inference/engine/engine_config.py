@@ -7,9 +7,9 @@ wait for JAX.
 from collections.abc import Sequence
 import dataclasses
 import math
-import re
 
 from checks import expect, flag_field
+from inference.engine import memory_sizes
 from inference.scheduling import limits as limits_lib
 
 NUMERICS = ('fast', 'invariant')
@@ -17,7 +17,7 @@ TENSOR_PARTS = (0, 2, 4, 8)
 KV_DTYPES = ('model', 'int8', 'fp8')
 ATTENTION = ('auto', 'reference', 'kernel')
 NATIVE = ('auto', 'on', 'off')
-SPECULATION = ('off', 'ngram', 'model')
+SPECULATION = ('off', 'ngram', 'model', 'head')
 
 # Share of the memory left by the weights that pages may take. Activations take
 # the rest.
@@ -30,10 +30,8 @@ _HOST_BYTES = 2**30
 
 # A span of 8 tokens: the rows of a tile with invariant numerics.
 _DRAFT_TOKENS = 7
-_MADE_TOKENS = 4  # of a draft model
+_MADE_TOKENS = 4  # of a draft model or head
 _ADAPTER_RANK = 16  # room for later ones, where none is given
-
-_SIZE = re.compile(r'(\d+(?:\.\d+)?) *(|[KMGT]i?)B?', re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +153,8 @@ class EngineConfig:
     'off',
     'Guess the next tokens of an answer, and verify several in one step: off,'
     ' ngram (the tokens that followed the same words before, in the prompt or'
-    ' the answer) or model (a smaller model guesses, see draft_model). No token'
+    ' the answer), model (a smaller model guesses, see draft_model) or head (a'
+    ' small network that was trained for this model, see draft_head). No token'
     ' changes, but for rounding with numerics=fast. It is off by itself where'
     ' it would lose time.',
   )
@@ -165,11 +164,16 @@ class EngineConfig:
     ' the tokenizer of the model; five times smaller or more is best. Its'
     ' weights and its KV cache take memory, too.',
   )
+  draft_head: str = flag_field.field(
+    '',
+    'Directory of the draft head, with speculation=head: the frozen result of'
+    ' experiments/draft_head.py. It was trained for these weights.',
+  )
   draft_tokens: int | None = flag_field.field(
     None,
     'Largest number of tokens that are guessed at once for a sequence; needs'
     ' speculation. A step computes one token more per sequence. Default: 7, or'
-    ' 4 with a draft model, whose tokens take time.',
+    ' 4 with a draft model or head, whose tokens take time.',
   )
   constraints: bool = flag_field.field(
     True,
@@ -234,7 +238,7 @@ class EngineConfig:
           f'engine.draft_tokens: got {self.draft_tokens} without speculation,'
           ' expected none; add --engine.speculation=ngram'
         )
-    self._check_draft_model()
+    self._check_drafts()
     expect.at_least('engine.tensor', self.tensor, 1)
     expect.at_least('engine.experts', self.experts, 1)
     expect.one_of('engine.tensor_parts', self.tensor_parts, TENSOR_PARTS)
@@ -242,7 +246,7 @@ class EngineConfig:
     expect.at_least('engine.num_pages', self.num_pages, 0)
     expect.at_least('engine.max_length', self.max_length, 0)
     if self.kv_memory:
-      _num_bytes(self.kv_memory)
+      memory_sizes.num_bytes('engine.kv_memory', self.kv_memory)
       if self.num_pages:
         raise ValueError(
           f'engine.kv_memory: got {self.kv_memory} and num_pages ='
@@ -272,17 +276,22 @@ class EngineConfig:
       )
     self.limits(tile)  # Limits checks its own fields
 
-  def _check_draft_model(self) -> None:
-    if (self.speculation == 'model') != bool(self.draft_model):
+  def _check_drafts(self) -> None:
+    for kind, given in (
+      ('model', self.draft_model),
+      ('head', self.draft_head),
+    ):
+      if (self.speculation == kind) != bool(given):
+        raise ValueError(
+          f'engine.draft_{kind}: got {given or "none"} with speculation ='
+          f' {self.speculation}, expected a directory with speculation = {kind}'
+          ' and none otherwise; give both, or leave both out'
+        )
+    if self.speculation in ('model', 'head') and self.num_parts > 1:
       raise ValueError(
-        f'engine.draft_model: got {self.draft_model or "none"} with speculation'
-        f' = {self.speculation}, expected a directory with speculation = model'
-        ' and none otherwise; give both, or leave both out'
-      )
-    if self.speculation == 'model' and self.num_parts > 1:
-      raise ValueError(
-        'engine.speculation: got model over several devices, expected one'
-        ' device; use ngram, or engine.tensor = 1 without tensor_parts'
+        f'engine.speculation: got {self.speculation} over several devices,'
+        ' expected one device; use ngram, or engine.tensor = 1 without'
+        ' tensor_parts'
       )
 
   @property
@@ -445,7 +454,9 @@ class EngineConfig:
     if self.num_pages:
       return self.num_pages + 1
     if self.kv_memory:
-      room = _num_bytes(self.kv_memory) - page_bytes  # page 0
+      room = (
+        memory_sizes.num_bytes('engine.kv_memory', self.kv_memory) - page_bytes
+      )  # page 0
     else:
       share = _HOST_SHARE if is_host else _KV_SHARE
       room = (memory_bytes - weight_bytes) * share
@@ -466,22 +477,6 @@ class EngineConfig:
         ' device, smaller pages or kv_dtype int8'
       )
     return num_pages + 1
-
-
-def _num_bytes(text: str) -> int:
-  """Returns the bytes of a size such as '2GiB' or '500 MB'.
-
-  Raises:
-    ValueError: it is no size, or 0.
-  """
-  found = _SIZE.fullmatch(text.strip())
-  if not found or not float(found[1]):
-    raise ValueError(
-      f'engine.kv_memory: got {text!r}, expected a size such as 2GiB or 500MB'
-    )
-  unit = found[2].upper()
-  base = 1024 if unit.endswith('I') else 1000
-  return int(float(found[1]) * base ** ' KMGT'.index(unit[:1] or ' '))
 
 
 def _tile_slots() -> int:

@@ -28,7 +28,8 @@ class Backend(NamedTuple):
   has_transposed_kernels: bool = False  # `models.layout.transpose_kernels`
   # How kernels in fewer bits are multiplied, and after a colon why.
   products: str = ''
-  # Per token, of the KV cache of a draft model: its pages are as many.
+  # Per token: of the KV cache of a draft model, whose pages are as many, or of
+  # the hidden states that a draft head reads.
   beside_bytes: float = 0.0
 
   def multiplying(
@@ -120,7 +121,7 @@ class Backend(NamedTuple):
   def bytes_per_token(self, model: model_config.ModelConfig) -> float:
     """Returns the bytes of the KV cache of one token, all layers.
 
-    That of a draft model is among them.
+    Those of `beside_bytes` are among them.
     """
     dtype = jnp.dtype(self.kv_dtype)
     vector = self.channels * dtype.itemsize

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from inference.engine import device_state, engine_config, execution
 from inference.engine.compiled import programs as programs_lib
-from inference.engine.drafting import draft_model
+from inference.engine.drafting import making
 from inference.engine.spread import placement as placement_lib, pool as pool_lib
 from models import transformer
 
@@ -35,7 +35,7 @@ def load(
   vocab_size: int,
   make: Callable[..., programs_lib.Programs] = programs_lib.Programs,
   beside: Callable[[device_state.Params], device_state.Params] = lambda x: x,
-  draft: draft_model.DraftModel | None = None,
+  draft: making.Source | None = None,
   compile_all: bool = True,
 ) -> Loaded:
   """Allocates the state, compiles the programs and reads the weights.
@@ -50,7 +50,7 @@ def load(
     vocab_size: V, ids that may be sampled.
     make: returns the programs.
     beside: adds the adapters to shapes of params.
-    draft: the model that drafts, which is loaded too.
+    draft: the model or the head that drafts; its programs are compiled, too.
     compile_all: see `programs.Programs`.
   """
   model = transformer.Transformer(
@@ -74,8 +74,8 @@ def load(
       placement=placement,
       compile_all=compile_all,
     )
-    if draft:
-      draft.allocate(pool.num_pages, pool.page_tokens, state.slots)
-      draft.compile(compile_all)
+    making.compile_now(
+      draft, state, placement.shapes(backend, params), compile_all
+    )
     seconds = time.perf_counter() - start
     return Loaded(state, compiled, reading.result(), seconds)

@@ -309,17 +309,42 @@ def hidden(
 ) -> tuple[jax.Array, device_state.KVCache]:
   """Returns the final hidden states [T, D] and the updated KV cache."""
   tokens_1T = _tokens(last_B, inputs)
-  cache = tuple(
-    kv_cache_lib.PagedLayer(
-      pages, inputs.decode_table_DL, inputs.chunk_table_XL
-    )
-    for pages in kv_cache
-  )
+  pages, kept = parted(kv_cache, model)
+  cache = tuple(_layer(each, inputs) for each in pages)
   params = routed(params, adapter_slots(inputs), model.execution)
   hidden_1TD, cache = apply(
     model, params, tokens_1T, inputs.positions_T[None], cache, method='hidden'
   )
-  return hidden_1TD[0], tuple(layer.pages for layer in cache)
+  kept = keep(kept, hidden_1TD, inputs)
+  return hidden_1TD[0], (*(layer.pages for layer in cache), *kept)
+
+
+def parted(
+  kv_cache: device_state.KVCache, model: transformer.Transformer
+) -> tuple[device_state.KVCache, device_state.KVCache]:
+  """Returns the pages of layers, and those of hidden states: one or none."""
+  num_layers = model.config.num_layers
+  return kv_cache[:num_layers], kv_cache[num_layers:]
+
+
+def keep(
+  kept: device_state.KVCache, hidden_1TD: jax.Array, inputs: Inputs
+) -> device_state.KVCache:
+  """Returns the pages of hidden states with those of a step, if any."""
+  return tuple(
+    kv_cache_lib.write_hidden(
+      _layer(pages, inputs), hidden_1TD, inputs.positions_T[None]
+    ).pages
+    for pages in kept
+  )
+
+
+def _layer(
+  pages: kv_cache_lib.Pages, inputs: Inputs
+) -> kv_cache_lib.PagedLayer:
+  return kv_cache_lib.PagedLayer(
+    pages, inputs.decode_table_DL, inputs.chunk_table_XL
+  )
 
 
 def adapter_slots(inputs: Inputs) -> jax.Array | None:

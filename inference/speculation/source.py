@@ -54,12 +54,12 @@ class Source(Protocol):
     """Returns drafts of these lengths, or places for them."""
     ...
 
-  def filled(self, step: spans.Step, slots: Any) -> spans.Step:
+  def filled(self, step: spans.Step, state: Any) -> spans.Step:
     """Returns a step that has the tokens of its drafts.
 
     Args:
       step: that verifies what `placed` returned.
-      slots: the sampling state of the engine; read only.
+      state: of the engine; read only.
     """
     ...
 
@@ -101,8 +101,8 @@ class OfHost:
   def placed(self, lengths):
     return {id: self._found[id][:length] for id, length in lengths.items()}
 
-  def filled(self, step, slots):
-    del slots
+  def filled(self, step, state):
+    del state
     return step
 
   def forget(self, id):

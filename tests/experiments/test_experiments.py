@@ -115,12 +115,12 @@ def _started(experiment, model, adapter):
 
   def make(optimizer):
     key = jax.random.key(experiment.seed)
-    if not adapter.rank:
-      heads = functools.partial(experiment.objective.init_heads, model.config)
+    heads = functools.partial(experiment.objective.init_heads, model.config)
+    if not experiment.is_base_frozen:
       return state_lib.init(model, optimizer, key, make_heads=heads)
     base = model.init(key, jnp.zeros((1, 1), jnp.int32))
     params = adapters.first(adapter, key, base)
-    state = state_lib.init_with(optimizer, key, params)
+    state = state_lib.init_with(optimizer, key, params, make_heads=heads)
     return state.replace(frozen_params={adapters.BASE: base})
 
   optimizer = chain.make_optimizer(

@@ -114,6 +114,14 @@ class Model:
     """Returns float32 logits [..., V] of hidden states [..., D]."""
     return self._apply(transformer.Transformer.unembed, params, states)
 
+  def embeddings(self, params: Any, tokens_BT: jax.Array) -> jax.Array:
+    """Returns the rows of the embedding of tokens, [B, T, D]."""
+    return self._apply(transformer.Transformer.token_rows, params, tokens_BT)
+
+  def head_rows(self, params: Any, num_ids: int) -> jax.Array:
+    """Returns the first rows of the unembedding, [num_ids, D]."""
+    return self._apply(transformer.Transformer.head_matrix, params)[:num_ids]
+
   def token_logprobs(
     self,
     params: Any,
@@ -353,6 +361,11 @@ class Objective(abc.ABC):
     return True
 
   @property
+  def trains_heads_alone(self) -> bool:
+    """Whether the weights of `config.init_from` are frozen, below the heads."""
+    return False
+
+  @property
   def logprobs_needed(self) -> Mapping[str, ModelSource]:
     """Log-probabilities of the targets under frozen models, by array name.
 
@@ -387,8 +400,8 @@ class Objective(abc.ABC):
 
     Each is named {head: {'kernel' [width, outputs], 'bias' [outputs]}}, see
     models/axes.py. They are checkpointed. The head `reward` is frozen with the
-    transformer (`models.layers.reward_head`); the other heads are for training
-    only.
+    transformer (`models.layers.reward_head`), the head `draft` in a directory
+    of its own (`models.layers.draft_head`); other heads are for training only.
 
     Args:
       config: config of the transformer.

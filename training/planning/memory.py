@@ -119,7 +119,7 @@ def estimate(learner: learner_lib.Learner) -> Memory:
   layers_here = model.num_layers / stages
   # Frozen weights have no gradients, neither in the loss, nor in a layer, nor
   # in the table.
-  gradient = 0 if experiment.adapter.rank else 1
+  gradient = 0 if experiment.is_base_frozen else 1
   return Memory(
     params=params,
     optimizer=optimizer,
@@ -128,7 +128,10 @@ def estimate(learner: learner_lib.Learner) -> Memory:
     gradients=_params_bytes(learner, _is_trained(learner))
     * (2 if experiment.num_microbatches > 1 else 1),
     cast=layer_params * itemsize / 4 if itemsize < 4 else 0.0,
-    saved=saved * layers_here * in_flight,
+    # No gradient goes through layers that heads only read.
+    saved=0.0
+    if experiment.objective.trains_heads_alone
+    else saved * layers_here * in_flight,
     loss=table * (itemsize / 4 + gradient)
     + _loss_bytes(learner, tokens, itemsize),
     layers=layer_whole * (itemsize / 4 + gradient)
@@ -243,8 +246,8 @@ def _layer_bytes(learner) -> float:
 
 
 def _weights(learner, state) -> Any:
-  """Returns the model's weights of a state: frozen ones, below adapters."""
-  if learner.experiment.adapter.rank:
+  """Returns the model's weights of a state; some runs have frozen ones."""
+  if learner.experiment.is_base_frozen:
     return state.frozen_params[adapters.BASE]['params']
   return state.params['params']
 

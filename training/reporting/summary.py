@@ -5,7 +5,7 @@ import pathlib
 
 import rich.console
 
-from frozen import adapters, manifest as manifest_lib
+from frozen import adapters, draft_heads, freeze
 from models import flops
 from parallel import processes
 from training import (
@@ -71,9 +71,14 @@ def describe(
 def _describe_model(learner: learner_lib.Learner) -> str:
   """Returns the parameter counts; with adapters, the frozen count too."""
   config, trained = learner.experiment.adapter, learner.num_params
+  total = flops.num_params(learner.experiment.model)
+  if learner.experiment.objective.trains_heads_alone:
+    return (
+      f'{total:,} frozen parameters, {trained:,} trained, in a head:'
+      f' {trained / total:.2%} of the model'
+    )
   if not config.rank:
     return f'{trained:,} parameters'
-  total = flops.num_params(learner.experiment.model)
   merged = (
     ''
     if config.base == 'float'
@@ -197,15 +202,21 @@ def tell_unused(
 
 def show_manifest(
   directory: pathlib.Path,
-  manifest: manifest_lib.Manifest | adapters.AdapterManifest,
+  manifest: freeze.Frozen,
   console: rich.console.Console,
 ) -> None:
-  """Prints the main facts of a frozen directory, or of an adapter's."""
+  """Prints the main facts of a frozen directory of any kind."""
   if isinstance(manifest, adapters.AdapterManifest):
     kind = 'adapter'
     weights = (
       f'adapter {manifest.adapter_digest} ({manifest.weights})\n  of base'
       f' {manifest.base_digest} ({manifest.base_name})'
+    )
+  elif isinstance(manifest, draft_heads.DraftHeadManifest):
+    kind = 'draft head'
+    weights = (
+      f'draft head {manifest.head_digest} ({manifest.weights})\n  of weights'
+      f' {manifest.base_digest}'
     )
   else:
     kind = manifest.dtype

@@ -68,11 +68,14 @@ class Step(NamedTuple):
   def __call__(self, params, kv_cache, last_B, inputs: steps.Inputs) -> tuple:
     shared, layers = parted(params)
     x_1TD, *others = self.begin(shared, last_B, inputs)
-    written = []
-    for kind, layer, pages in zip(self.kinds, layers, kv_cache, strict=True):
+    written, kept = [], kv_cache[len(layers) :]
+    for kind, layer, pages in zip(
+      self.kinds, layers, kv_cache[: len(layers)], strict=True
+    ):
       x_1TD, pages = self.layers[kind](layer, x_1TD, pages, *others)
       written.append(pages)
-    return tuple(written), *self.finish(shared, x_1TD, inputs)
+    kept, *results = self.finish(shared, kept, x_1TD, inputs)
+    return (*written, *kept), *results
 
 
 def lower(
@@ -95,14 +98,21 @@ def lower(
   x_1TD, *others = begin.out_info
   kinds = [_kind(config.layer(n), layer) for n, layer in enumerate(layers)]
   lowered = {}
-  for kind, layer, pages in zip(kinds, layers, kv_cache, strict=True):
+  each_pages, kept = steps.parted(kv_cache, model)
+  for kind, layer, pages in zip(kinds, layers, each_pages, strict=True):
     if kind not in lowered:
       block = block_lib.Block(
         config, model.dtype, model.execution, kind[0], parent=None
       )
       lowered[kind] = _layer.lower(layer, x_1TD, pages, *others, block=block)
   finished = _finish.lower(
-    shared, x_1TD, inputs, model=model, vocab_size=vocab_size, finish=finish
+    shared,
+    kept,
+    x_1TD,
+    inputs,
+    model=model,
+    vocab_size=vocab_size,
+    finish=finish,
   )
   return Step(begin, lowered, finished, kinds)
 
@@ -157,7 +167,15 @@ def _layer(
   return x_1TD, entry.pages
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'vocab_size', 'finish'))
-def _finish(params, x_1TD, inputs: steps.Inputs, *, model, vocab_size, finish):
-  (hidden_TD,) = steps.apply(model, params, x_1TD, method='normalised')
-  return finish(model, params, vocab_size, hidden_TD, inputs)
+@functools.partial(
+  jax.jit,
+  donate_argnames=('kept',),
+  static_argnames=('model', 'vocab_size', 'finish'),
+)
+def _finish(
+  params, kept, x_1TD, inputs: steps.Inputs, *, model, vocab_size, finish
+):
+  """Returns the pages of hidden states, if any, and the results of a step."""
+  hidden_1TD = steps.apply(model, params, x_1TD, method='normalised')
+  results = finish(model, params, vocab_size, hidden_1TD[0], inputs)
+  return steps.keep(kept, hidden_1TD, inputs), *results

@@ -101,17 +101,17 @@ class DraftModel:
     """Bytes of the KV cache of one token, all layers."""
     return self._backend.bytes_per_token(self._model_config)
 
-  def allocate(
-    self, num_pages: int, page_size: int, slots: device_state.Slots
-  ) -> None:
-    """Reads the weights, and makes the pages.
+  def allocate(self, state: device_state.State, params: Any) -> None:
+    """Reads the weights, and makes as many pages as the engine has.
 
     Args:
-      num_pages: P, as many as the engine has.
-      page_size: Q, tokens per page.
-      slots: of the engine.
+      state: of the engine.
+      params: shapes of its params.
     """
-    self._page_size, self._slots = page_size, jax.tree.map(_abstract, slots)
+    del params
+    num_pages, page_size = state.kv_cache[0].kv_PQYC.shape[:2]
+    self._page_size = page_size
+    self._slots = jax.tree.map(_abstract, state.slots)
     self._followed = followed_lib.Followed(page_size)
     self._params = self._backend.read(self._weights.params, self._model_config)
     self._kv_cache: Any = kv_cache_lib.init_pages(
@@ -122,6 +122,9 @@ class DraftModel:
       channels=self._backend.channels,
     )
     self._shapes = jax.tree.map(_abstract, self.arrays)
+
+  def use(self, params: device_state.Params) -> None:
+    """Does nothing: this model has weights of its own."""
 
   @property
   def arrays(self) -> tuple[device_state.Params, device_state.KVCache]:
@@ -186,7 +189,7 @@ class DraftModel:
     """Returns places for drafts of these lengths."""
     return {id: (0,) * length for id, length in lengths.items()}
 
-  def filled(self, step, slots):
+  def filled(self, step, state):
     """Drafts, and returns the step with the tokens; waits for the device."""
     drafted = [span for span in step.decodes if span.length > 1]
     num_rows = next(num for num in self._rows if num >= len(drafted))
@@ -206,7 +209,7 @@ class DraftModel:
       inputs.slots_D[row] = span.slot
       inputs.table_DL[row, : len(span.pages)] = span.pages
     self._kv_cache, tokens_GD = self._compiled['draft', num_rows](
-      self._params, self._kv_cache, slots, flat_I
+      self._params, self._kv_cache, state.slots, flat_I
     )
     tokens_GD = np.asarray(tokens_GD)
     filled = {}
@@ -312,35 +315,3 @@ def backend(
   # A guess needs no numerics of its own, and no kernel.
   fast = dataclasses.replace(config, numerics='fast', attention='auto')
   return execution.choose(fast, model, dtype, platform)
-
-
-def made(
-  weights: Weights | None,
-  config: engine_config.EngineConfig,
-  placement: placement_lib.Placement,
-) -> DraftModel | None:
-  """Returns the draft model of an engine; None: it has none.
-
-  Raises:
-    ValueError: the engine is to have one and has no weights for it, or the
-      other way round, or see `DraftModel`.
-  """
-  if (config.speculation == 'model') != (weights is not None):
-    raise ValueError(
-      f'engine.speculation: got {config.speculation!r} with'
-      f' {"no" if weights is None else "a"} draft model, expected a draft model'
-      " with 'model' alone; give --engine.draft_model=DIR, or leave both out"
-    )
-  if weights is None:
-    return None
-  return DraftModel(weights, config, placement)
-
-
-def num_bytes(draft: DraftModel | None) -> int:
-  """Returns the bytes of the weights of a draft model, if there is one."""
-  return draft.num_bytes if draft else 0
-
-
-def token_bytes(draft: DraftModel | None) -> float:
-  """Returns the bytes of the KV cache of one token, if there is one."""
-  return draft.bytes_per_token if draft else 0.0

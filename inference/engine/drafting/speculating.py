@@ -126,16 +126,16 @@ class Speculator:
     self._num_vain = 0
     return self.source.placed(lengths)
 
-  def filled(self, step: spans.Step, slots: Any) -> spans.Step:
+  def filled(self, step: spans.Step, state: Any) -> spans.Step:
     """Returns a step that verifies drafts with the tokens of its drafts.
 
     Args:
       step: as it was begun, after the copies of its pages.
-      slots: the sampling state of the engine.
+      state: of the engine.
     """
     assert self.source
     self._began = time.perf_counter()
-    step = self.source.filled(step, slots)
+    step = self.source.filled(step, state)
     self.waited += time.perf_counter() - self._began
     return step
 

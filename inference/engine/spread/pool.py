@@ -23,6 +23,7 @@ class Pool(NamedTuple):
       'page_size': self.page_tokens,
       'kv_dtype': backend.kv_dtype,
       'channels': backend.channels,
+      'keeps_hidden': config.speculation == 'head',
     }
 
 

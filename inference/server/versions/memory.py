@@ -109,7 +109,9 @@ def plan(
     )
     model, weights = placement.model, placement.num_bytes(params)
   backend = execution.choose(config, model, dtype, device.platform)
-  of_draft, draft_per_token = drafts.memory(config, device.platform)
+  of_draft, draft_per_token = drafts.memory(
+    config, manifest, backend, device.platform
+  )
   weights += of_draft
   bytes_per_token = backend.bytes_per_token(model) + draft_per_token
   config = config.holding([])

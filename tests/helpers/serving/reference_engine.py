@@ -30,7 +30,7 @@ from inference.sampling import (
 from models import kv_cache, transformer
 from models.linear import invariant
 from tests.helpers import tiny_models
-from tests.helpers.serving import guesses, simulated_device
+from tests.helpers.serving import guesses, simulated_device, trained_heads
 from text import tokenizer as tokenizer_lib
 
 MAX_LENGTH = 128
@@ -93,6 +93,7 @@ def engine(
   *,
   is_small: bool = False,
   noise: float | None = None,
+  has_head: bool = False,
   **layout,
 ) -> engine_lib.Engine:
   """Returns the engine of a layout, made once since compiling takes long.
@@ -102,10 +103,23 @@ def engine(
     is_small: with the vocabulary of `SmallTokenizer`.
     noise: of the draft model: it has the weights of the model with so much
       noise; None: there is none.
+    has_head: whether a draft head of the model drafts.
     **layout: fields of `EngineConfig`.
   """
   vocab_size = 13 if is_small else 261
   config = model_config(kind, vocab_size)
+  if has_head:
+    head = trained_heads.weights(config, params(kind, vocab_size))
+    made = engine_of(
+      config,
+      kind,
+      draft=head,
+      **layout,
+      speculation='head',
+      draft_head='given',
+    )
+    made._speculator._choice.costs = guesses.Costs()
+    return made
   if noise is None:
     return engine_of(config, kind, **layout)
   rng = np.random.default_rng(1)

@@ -19,7 +19,13 @@ import pytest
 from tests.helpers import frozen_dirs, tiny_models
 from tests.helpers.training import preference_rows, tiny_experiment
 from training import learner as learner_lib
-from training.objectives import distillation, port, preference, token_loss
+from training.objectives import (
+  distillation,
+  draft_head,
+  port,
+  preference,
+  token_loss,
+)
 from training.objectives.policy import corrections, recipes
 from training.optimizer import chain
 
@@ -84,15 +90,16 @@ OBJECTIVES = {
   'distillation': distillation.Distillation(
     divergence='jensen_shannon', temperature=2.0, imitation_share=0.3
   ),
+  'draft_head': draft_head.DraftHead(num_steps=2, num_ids=50),
 }
 
 
 # One objective of each kind of sums: over pairs, over units with a number of
 # the whole batch, over chosen and rejected tokens, over tokens, per group with
-# a sequence's ratio, with values, with a teacher. The others are formulas of
-# the same sums, so devices cannot tell them apart.
+# a sequence's ratio, with values, with a teacher, of a head alone. The others
+# are formulas of the same sums, so devices cannot tell them apart.
 KINDS = ('dpo', 'kto', 'orpo', 'tokens', 'reinforce_pp', 'gspo', 'ppo')
-KINDS += ('distillation',)
+KINDS += ('distillation', 'draft_head')
 
 
 def _fast(*names, among=tuple(OBJECTIVES)):
@@ -152,6 +159,8 @@ def _train(name, batch=_batch, num_devices=1, rows=ROWS, **options):
   if objective.models_needed:
     (name,) = objective.models_needed
     objective = dataclasses.replace(objective, **{name: _reference()})
+  if objective.trains_heads_alone:
+    options['init_from'] = _reference()
   learner = learner_lib.make(
     tiny_experiment.make(
       model=model,

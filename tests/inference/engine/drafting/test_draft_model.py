@@ -130,7 +130,7 @@ def test_settings_of_a_draft_model_that_cannot_be_are_refused():
     speculation='model', draft_model='d', max_sequences=1
   )
   assert config.verified_shapes() == [(1, 2), (1, 5)]
-  with pytest.raises(ValueError, match='expected a draft model with'):
+  with pytest.raises(ValueError, match='expected a draft model; give'):
     reference_engine.engine_of(
       reference_engine.model_config(),
       speculation='model',

@@ -1,0 +1,300 @@
+"""The draft head of an engine: guesses behind the model's own hidden states.
+
+    tokens_GD = draft(shared, drawing, hidden, slots, flat_I, ...)
+
+The pages of an engine with a head hold one vector per token more: the final
+hidden state (`models.kv_cache.init_hidden`), which every step writes beside the
+keys. The state before the last known token of a sequence is all that a draft
+begins with (`models/layers/draft_head.py`). So the head has no cache to fill,
+to follow or to take back: prefix hits, forks, preemptions, cancellations and
+rejected drafts move pages, and the states with them.
+
+A drafted token is sampled as the token that it guesses, with the settings of
+the sequence and the key of its position, as a draft model does (`draft_steps`).
+
+Reference: ReDrafter, arXiv:2403.09919.
+"""
+
+from collections.abc import Collection
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inference.engine import device_state, engine_config, steps
+from inference.engine.compiled import layered
+from inference.engine.spread import placement as placement_lib
+from inference.sampling import sampler as sampler_lib
+from inference.scheduling import page_tables
+from inference.speculation import source
+from models import kv_cache as kv_cache_lib, transformer
+from models.layers import cross_entropy, draft_head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+  """A frozen head that drafts."""
+
+  head: Any  # for models.layers.draft_head; float32
+  num_ids: int  # K, the ids that it guesses: the first ones
+  dtype: Any  # of the model that it drafts for
+
+  def num_bytes(self, model_width: int) -> int:
+    """Returns the bytes of the head, and of the rows that it unembeds with."""
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(self.head))
+    numbers += self.num_ids * model_width
+    return numbers * jnp.dtype(self.dtype).itemsize
+
+
+class Drawing(NamedTuple):
+  """The arrays that guesses are drawn with, in the dtype of the model."""
+
+  head: Any
+  table_KD: jax.Array  # the first rows of the model's unembedding
+
+
+class Inputs(NamedTuple):
+  """The arrays that the host makes for one call of `draft`, int32 [D] each."""
+
+  tokens_D: Any  # the last known token of each sequence
+  positions_D: Any  # of that token
+  lengths_D: Any  # tokens to draft; 0: padding
+  slots_D: Any
+  pages_D: Any  # the page of the token before
+  places_D: Any  # its place in that page
+
+
+class DraftHead:
+  """A head that drafts, see `source.Source`; of the engine's thread."""
+
+  is_endless = True
+
+  def __init__(
+    self,
+    weights: Weights,
+    config: engine_config.EngineConfig,
+    placement: placement_lib.Placement,
+    execution: Any,
+  ):
+    """Allocates nothing.
+
+    Args:
+      weights: of the head.
+      config: of the engine.
+      placement: of the engine, one device.
+      execution: of the model; its embedding is looked up through it.
+    """
+    self._weights, dtype = weights, jnp.dtype(weights.dtype)
+    self._model = transformer.Transformer(placement.model, dtype, execution)
+    self._vocab_size = placement.vocab_size
+    # Rows of an embedding may be more than the ids that can be sampled.
+    self._num_ids = min(weights.num_ids, self._vocab_size)
+    self._padding_slot = config.max_sequences
+    self._most = max(width for _, width in config.verified_shapes()) - 1
+    rows = sorted({rows for rows, _ in config.verified_shapes()})
+    self._rows = sorted({rows[0], *rows[::-2]})
+    self._compiled: dict[int, Any] = {}
+    self._shared: Any = None
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes of the head, and of its rows of the unembedding."""
+    return self._weights.num_bytes(self._model.config.model_width)
+
+  def bytes_per_token(self, kv_dtype: Any) -> float:
+    """Bytes of the hidden state of one token.
+
+    Args:
+      kv_dtype: dtype of the keys and values of the engine.
+    """
+    stored = device_state.hidden_dtype(self._weights.dtype, kv_dtype)
+    return self._model.config.model_width * jnp.dtype(stored).itemsize
+
+  def allocate(self, state: device_state.State, params: Any) -> None:
+    """Takes the shapes of an engine, and moves the head to its device.
+
+    Args:
+      state: of the engine.
+      params: shapes of its params.
+    """
+    self._page_size = state.kv_cache[-1].page_size
+    dtype, shared = self._weights.dtype, layered.parted(params)[0]
+    head = jax.tree.map(lambda x: jnp.asarray(x, dtype), self._weights.head)
+    table_KD = jax.eval_shape(self._rows_of, shared)
+    self._drawing = Drawing(head, table_KD)
+    arrays = shared, self._drawing, state.kv_cache[-1], state.slots
+    self._shapes = jax.tree.map(_abstract, arrays)
+
+  def use(self, params: device_state.Params) -> None:
+    """Takes the tables of the model, which the engine computes with now."""
+    self._shared = layered.parted(params)[0]
+    table_KD = self._rows_of(self._shared)
+    self._drawing = self._drawing._replace(table_KD=table_KD)
+
+  def _rows_of(self, shared: device_state.Params) -> jax.Array:
+    return first_rows(shared, model=self._model, num_ids=self._num_ids)
+
+  @property
+  def arrays(self) -> Drawing:
+    """The arrays that no one else has."""
+    return self._drawing
+
+  def compile(self, is_now: bool = True) -> None:
+    """Compiles the programs; from any thread, until then there are no drafts.
+
+    Args:
+      is_now: False leaves them to a later call.
+    """
+    if not is_now or self._compiled:
+      return
+    self._compiled = {
+      num: draft.lower(
+        *self._shapes,
+        np.zeros((len(Inputs._fields), num), np.int32),
+        most=self._most,
+        model=self._model,
+        vocab_size=self._vocab_size,
+      ).compile()
+      for num in self._rows
+    }
+
+  def lengths(
+    self, sequences: Collection[page_tables.Sequence], most: int
+  ) -> dict[Any, int]:
+    """Returns how many tokens a draft of each sequence may have."""
+    return {each.id: self._length(each, most) for each in sequences}
+
+  ready = lengths
+
+  def advance(self, sequences: Collection[page_tables.Sequence]) -> bool:
+    """Returns True: nothing is due before a draft."""
+    del sequences
+    return True
+
+  def placed(self, lengths: source.Lengths) -> dict[Any, tuple[int, ...]]:
+    """Returns places for drafts of these lengths."""
+    return {id: (0,) * length for id, length in lengths.items()}
+
+  def filled(self, step, state):
+    """Drafts, and returns the step with the tokens; waits for the device."""
+    drafted = [span for span in step.decodes if span.length > 1]
+    num_rows = next(num for num in self._rows if num >= len(drafted))
+    inputs_ID = np.zeros((len(Inputs._fields), num_rows), np.int32)
+    inputs = Inputs(*inputs_ID)
+    inputs.slots_D[:] = self._padding_slot
+    for row, span in enumerate(drafted):
+      before = span.start - 1
+      inputs.tokens_D[row] = span.tokens[0]
+      inputs.positions_D[row] = span.start
+      inputs.lengths_D[row] = span.length - 1
+      inputs.slots_D[row] = span.slot
+      inputs.pages_D[row] = span.pages[before // self._page_size]
+      inputs.places_D[row] = before % self._page_size
+    tokens_GD = np.asarray(
+      self._compiled[num_rows](
+        self._shared, self._drawing, state.kv_cache[-1], state.slots, inputs_ID
+      )
+    )
+    filled = {
+      span.sequence.id: dataclasses.replace(
+        span,
+        tokens=(span.tokens[0], *tokens_GD[: span.length - 1, row].tolist()),
+      )
+      for row, span in enumerate(drafted)
+    }
+    decodes = tuple(filled.get(x.sequence.id, x) for x in step.decodes)
+    return dataclasses.replace(step, decodes=decodes)
+
+  def forget(self, id: Any) -> None:
+    """Does nothing: nothing is kept for a sequence."""
+
+  def _length(self, sequence: page_tables.Sequence, most: int) -> int:
+    # The token before the last one has the state that a draft begins with.
+    if not self._compiled or len(sequence.tokens) < 2:
+      return 0
+    return max(source.most_of(sequence, most), 0)
+
+
+@functools.partial(jax.jit, static_argnames=('most', 'model', 'vocab_size'))
+def draft(
+  shared: device_state.Params,
+  drawing: Drawing,
+  hidden: kv_cache_lib.Pages,
+  slots: device_state.Slots,
+  inputs_ID: jax.Array,
+  *,
+  most: int,
+  model: transformer.Transformer,
+  vocab_size: int,
+) -> jax.Array:
+  """Drafts the next tokens of D sequences; returns them, int32 [G, D].
+
+  Args:
+    shared: serving params without those of layers.
+    drawing: the head and its rows.
+    hidden: pages of final hidden states.
+    slots: of the engine, whose settings and counts are read. Counts of drafted
+      tokens are not added: with penalties a draft is right less often.
+    inputs_ID: the arrays of `Inputs`, one after another.
+    most: G, the largest number of drafted tokens.
+    model: of the engine.
+    vocab_size: V, ids that may be sampled.
+  """
+  inputs = Inputs(*inputs_ID)
+  sampler = sampler_lib.take(slots.sampler, inputs.slots_D)
+  softcap = model.config.logit_softcap
+  stored_DC = hidden.kv_PQYC[inputs.pages_D, inputs.places_D, 0]
+  num_left = vocab_size - len(drawing.table_KD)
+
+  def is_left(carry) -> jax.Array:
+    return carry[0] < jnp.max(inputs.lengths_D)
+
+  def step(carry) -> Any:
+    index, states_DD, last_D, tokens_GD = carry
+    embeddings_1DD = steps.apply(
+      model, shared, last_D[None], method='token_rows'
+    )
+    states_DD = draft_head.advanced(
+      drawing.head, states_DD, embeddings_1DD[0], model.dtype
+    )
+    logits_DK = draft_head.logits(
+      states_DD, drawing.table_KD, softcap, model.dtype
+    )
+    logits_DV = jnp.pad(
+      logits_DK,
+      ((0, 0), (0, num_left)),
+      constant_values=cross_entropy.MASKED,
+    )
+    last_D = sampler_lib.sample(
+      logits_DV,
+      sampler,
+      slots.seen_BV,
+      inputs.positions_D + 1 + index,
+      slots_B=inputs.slots_D,
+    )
+    return index + 1, states_DD, last_D, tokens_GD.at[index].set(last_D)
+
+  carry = (
+    jnp.int32(0),
+    kv_cache_lib.loaded(stored_DC, model.dtype),
+    inputs.tokens_D,
+    jnp.zeros((most, inputs_ID.shape[1]), jnp.int32),
+  )
+  return jax.lax.while_loop(is_left, step, carry)[-1]
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'num_ids'))
+def first_rows(
+  shared: device_state.Params, *, model: transformer.Transformer, num_ids: int
+) -> jax.Array:
+  """Returns the first rows of a model's unembedding, [K, D], in its dtype."""
+  table_VD = steps.apply(model, shared, method='head_matrix')
+  return table_VD[:num_ids].astype(model.dtype)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, 'sharding', None)
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
