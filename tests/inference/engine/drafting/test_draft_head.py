@@ -218,6 +218,7 @@ def test_a_head_belongs_to_its_weights(tmp_path):
   assert more[0].weights - more[1].weights == planned
   held = [leaf.nbytes for leaf in jax.tree.leaves(engine._state.kv_cache[-1])]
   assert sum(held) == 21 * engine.page_tokens * per_token
+  assert '; draft head 0 MiB, and 0 MiB of the' in generator.memory_text()
   engine.release()
 
   other = dataclasses.replace(base, weights_digest='ab' * 32)
