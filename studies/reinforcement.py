@@ -128,19 +128,20 @@ def panels(runs: Sequence[Run], method: str) -> list[figure.Panel]:
   smooth_SR = rewards_SR[:, :whole].reshape(len(runs), -1, size).mean(axis=2)
   steps_R = runs[0].steps_R[:whole].reshape(-1, size).mean(axis=1)
   accuracy_SE = np.stack([run.accuracy_E for run in runs])
+  label = f'{method}: mean and range of {len(runs)} seeds'
   return [
     figure.Panel(
       title='sampled answers to training questions',
       x_label='step',
       y_label='reward: share of right answers',
-      lines={method: _band(steps_R, smooth_SR)},
+      lines={label: _band(steps_R, smooth_SR)},
       y_limits=(0.0, 1.0),
     ),
     figure.Panel(
       title='greedy answers to held-out questions',
       x_label='step',
       y_label='accuracy',
-      lines={method: _band(runs[0].steps_E, accuracy_SE)},
+      lines={label: _band(runs[0].steps_E, accuracy_SE)},
       y_limits=(0.0, 1.0),
     ),
   ]

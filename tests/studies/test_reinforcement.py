@@ -58,9 +58,10 @@ def test_a_run_is_read_from_its_files(runs):
 def test_curves_have_the_mean_and_the_range_of_seeds(runs):
   reward, accuracy = reinforcement.panels(runs, 'grpo')
   # Four rollout batches are one point.
-  assert reward.lines['grpo'].y == pytest.approx([0.4])
-  assert reward.lines['grpo'].x == [1.5]
-  found = accuracy.lines['grpo']
+  label = 'grpo: mean and range of 2 seeds'
+  assert reward.lines[label].y == pytest.approx([0.4])
+  assert reward.lines[label].x == [1.5]
+  found = accuracy.lines[label]
   assert found.x == [0, 2, 4]
   assert found.y == pytest.approx([0.25, 0.45, 0.8])
   assert (found.low, found.high) == ([0.2, 0.4, 0.7], [0.3, 0.5, 0.9])
