@@ -309,21 +309,13 @@ def read_manifest(directory: str | os.PathLike) -> AdapterManifest:
       + ' of peft with `python -m frozen.adapters import`, or train with'
       ' adapter.rank and freeze.merge_adapter=false'
     )
-  try:
-    fields = json.loads(path.read_text(encoding='utf-8'))
-    signed = {k: v for k, v in fields.items() if k != 'manifest_digest'}
-    if fields.get('kind') != manifest_lib.ADAPTER:
-      raise ValueError('it is not of an adapter')
-    if fields.get('format_version') != FORMAT_VERSION:
-      raise ValueError(f'format version {fields.get("format_version")!r}')
-    if digests.of_json(signed) != fields['manifest_digest']:
-      raise ValueError('it was altered')
-    return AdapterManifest(**fields)
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
-    raise ValueError(
-      f'{path}: got a manifest that cannot be used ({error}), expected one of'
-      f' an adapter, format {FORMAT_VERSION}; copy or freeze it again'
-    ) from None
+  return manifest_lib.read_beside(
+    path,
+    AdapterManifest,
+    kind=manifest_lib.ADAPTER,
+    version=FORMAT_VERSION,
+    name='an adapter',
+  )
 
 
 def read(directory: str | os.PathLike, base: frozen_format.Opened) -> Adapter:

@@ -128,21 +128,13 @@ def read_manifest(directory: str | os.PathLike) -> DraftHeadManifest:
       f'{path}: got no such file, expected the directory of a draft head; train'
       ' one with experiments/draft_head.py'
     )
-  try:
-    fields = json.loads(path.read_text(encoding='utf-8'))
-    signed = {k: v for k, v in fields.items() if k != 'manifest_digest'}
-    if fields.get('kind') != manifest_lib.DRAFT_HEAD:
-      raise ValueError('it is not of a draft head')
-    if fields.get('format_version') != FORMAT_VERSION:
-      raise ValueError(f'format version {fields.get("format_version")!r}')
-    if digests.of_json(signed) != fields['manifest_digest']:
-      raise ValueError('it was altered')
-    return DraftHeadManifest(**fields)
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
-    raise ValueError(
-      f'{path}: got a manifest that cannot be used ({error}), expected one of a'
-      f' draft head, format {FORMAT_VERSION}; copy or freeze it again'
-    ) from None
+  return manifest_lib.read_beside(
+    path,
+    DraftHeadManifest,
+    kind=manifest_lib.DRAFT_HEAD,
+    version=FORMAT_VERSION,
+    name='a draft head',
+  )
 
 
 def read(

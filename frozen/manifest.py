@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from storage import atomic, digests, file_names, public_paths
 
@@ -21,6 +21,7 @@ FORMAT_VERSION = 1
 WEIGHTS = ('auto', 'raw', 'average')
 # The kinds of other manifests, see frozen/adapters.py, frozen/draft_heads.py.
 ADAPTER, DRAFT_HEAD = 'adapter', 'draft_head'
+_T = TypeVar('_T')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,38 @@ def write(directory: pathlib.Path, manifest: Manifest) -> None:
   """Writes the manifest into `directory`."""
   text = json.dumps(_written(dataclasses.asdict(manifest)), indent=2)
   atomic.write_text(directory / file_names.MANIFEST, text + '\n')
+
+
+def read_beside(
+  path: pathlib.Path, make: type[_T], *, kind: str, version: int, name: str
+) -> _T:
+  """Reads and verifies the manifest of an addition to a model.
+
+  Args:
+    path: of the manifest, a file that exists.
+    make: the dataclass of its fields.
+    kind: ADAPTER or DRAFT_HEAD.
+    version: of its format.
+    name: of such an addition, with an article, for errors.
+
+  Raises:
+    ValueError: it is damaged, altered, or of another kind or version.
+  """
+  try:
+    fields = json.loads(path.read_text(encoding='utf-8'))
+    signed = {k: v for k, v in fields.items() if k != 'manifest_digest'}
+    if fields.get('kind') != kind:
+      raise ValueError(f'it is not of {name}')
+    if fields.get('format_version') != version:
+      raise ValueError(f'format version {fields.get("format_version")!r}')
+    if digests.of_json(signed) != fields['manifest_digest']:
+      raise ValueError('it was altered')
+    return make(**fields)
+  except (ValueError, TypeError, KeyError, AttributeError) as error:
+    raise ValueError(
+      f'{path}: got a manifest that cannot be used ({error}), expected one of'
+      f' {name}, format {version}; copy or freeze it again'
+    ) from None
 
 
 def read(directory: pathlib.Path) -> Manifest:

@@ -1,6 +1,7 @@
 """Measurements of claims about learning in context."""
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 
 import jax
@@ -94,20 +95,8 @@ def attention_only(
   num_layers: int, width: int, vocab_size: int, length: int
 ) -> model_config.ModelConfig:
   """Returns a transformer whose layers are attention alone."""
-  heads = 2
-  return model_config.ModelConfig(
-    vocab_size=vocab_size,
-    num_layers=num_layers,
-    model_width=width,
-    num_heads=heads,
-    num_kv_heads=heads,
-    head_width=width // heads,
-    mlp='none',
-    mlp_width=0,
-    max_length=length,
-    tie_embeddings=False,
-    scan_layers=False,
-  )
+  made = small_models.gpt(width, vocab_size, length, num_layers=num_layers)
+  return dataclasses.replace(made, mlp='none', mlp_width=0)
 
 
 def markov_in_context(

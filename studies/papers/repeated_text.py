@@ -18,7 +18,7 @@ from models import model_config
 from studies.papers import port, small_models
 
 # Bytes of a row, rows of a step. Steps of 8 rows were so few that losses of
-# seeds differed by .4 nats.
+# seeds differed by .2 nats.
 _LENGTH, _BATCH = 128, 2
 _UNIQUE = 512  # rows that are repeated, U
 _NEW = 1, 2, 4, 8, 16  # multiples of U that are new

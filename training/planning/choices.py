@@ -59,7 +59,7 @@ def make(
 
   Args:
     devices: devices that train, of the run or of an ahead-of-time target; None:
-      all but those that only sample.
+      all devices of the run, without the sampler's own.
     before: `config` in run.json, for a run that is resumed.
 
   Raises:

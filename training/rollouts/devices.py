@@ -1,4 +1,4 @@
-"""The devices of a run with rollouts: those that train, and those that sample.
+"""The devices of a run with rollouts: some train, and some may only sample.
 
 By default the sampler has a copy of the weights on the first device of the run,
 and both take turns. With `rollouts.sampler_devices = N` it has the last N

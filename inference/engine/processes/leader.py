@@ -279,7 +279,7 @@ def _accepted(num_others: int) -> dict[int, socket.socket]:
 
 
 def _greeted(connection: socket.socket, secret: str) -> int:
-  """Returns the index of a process that knows the secret, 0 for a stranger."""
+  """Returns the index of a process that knows the secret, 0 for another one."""
   connection.settimeout(_GREET_SECONDS)
   try:
     data = connection.recv(_GREETING.size, socket.MSG_WAITALL)

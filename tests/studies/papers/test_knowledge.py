@@ -1,6 +1,7 @@
 """Bits of facts: what is known of uniform values, and rounded weights."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from data.synthetic import biographies
 from models import param_shapes
-from studies.papers import knowledge, port, small_models
+from studies.papers import knowledge, port, registry, small_models
 
 WORDS = biographies.Vocabulary(names=(10, 10), values=(8, 4, 16))
 NUM_PEOPLE = 50
@@ -92,3 +93,28 @@ def test_a_small_model_knows_what_it_was_shown(tmp_path):
   assert bits['float'] == pytest.approx(128 * 9, rel=0.05)
   assert bits['float'] >= bits['int8'] > bits['int4']
   assert known[60]['float'] * count < bits['float'] * 0.9
+
+
+@pytest.mark.slow
+def test_questions_are_asked_of_people_whose_questions_were_not_trained(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(knowledge, '_ASKED_PEOPLE', 128)
+  monkeypatch.setattr(knowledge, '_TEXT_EPOCHS', 100)
+  monkeypatch.setattr(knowledge, '_QUESTION_STEPS', 60)
+  (claim,) = [
+    each
+    for each in registry.all_claims()
+    if each.name == 'knowledge_extraction'
+  ]
+  setting = port.Setting(seeds=(0,), workdir=tmp_path, inputs={})
+  found = knowledge.knowledge_extraction(claim, setting)
+  assert found.keys() == {each.name for each in claim.quantities}
+  for path in tmp_path.iterdir():
+    run = json.loads(path.read_text('utf-8'))
+    # So short a training generalises to nobody, but its questions are learnt.
+    assert 0 <= run['others'] <= 1
+    assert run['asked'] > run['others']
+  assert {path.name.split('_')[0] for path in tmp_path.iterdir()} == {
+    'plain', 'varied',
+  }  # fmt: skip

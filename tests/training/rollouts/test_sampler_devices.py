@@ -1,4 +1,4 @@
-"""Devices that only sample, beside those that train."""
+"""Devices that only sample, beside the devices that train."""
 
 import re
 

@@ -19,23 +19,11 @@ from models.layers import draft_head
 from tests.helpers import frozen_dirs
 from tests.helpers.serving import guesses, reference_engine, trained_heads
 from tests.inference.engine import test_engine_matrix
+from tests.inference.engine.drafting import test_draft_model
 
 _Settings = settings_lib.Settings
-_LAYOUT = {
-  **reference_engine.SIX_SHAPES,
-  'decode_shapes': (8,),
-  'chunk_tokens': 32,
-  'max_chunks': 4,
-  'decode_steps': 2,
-  'draft_tokens': 3,
-}
-
-
-def _counted(engine):
-  return [
-    engine.metrics.value('speculation_tokens_total', kind=kind)
-    for kind in ('accepted', 'rejected')
-  ]
+_LAYOUT = test_draft_model._LAYOUT
+_counted = test_draft_model._counted
 
 
 @pytest.mark.slow

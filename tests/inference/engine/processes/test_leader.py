@@ -1,4 +1,4 @@
-"""Process 0 and its sockets, in one process: strangers, answers, losses."""
+"""The sockets of process 0: other clients, answers, losses."""
 
 import contextlib
 import queue
@@ -46,10 +46,10 @@ class _World:
     )
     thread.start()
     host, port, _ = self.published.text().split()
-    # A stranger, who does not know the secret, is sent away.
-    with socket.create_connection((host, int(port))) as stranger:
-      stranger.sendall(leader_lib._GREETING.pack(b'x' * 64, 1))
-      assert stranger.recv(1) == b''
+    # A connection without the secret is closed.
+    with socket.create_connection((host, int(port))) as other:
+      other.sendall(leader_lib._GREETING.pack(b'x' * 64, 1))
+      assert other.recv(1) == b''
     with leader_lib.connect() as connection:
       leader = made.get(timeout=10)
       yield leader, connection
