@@ -27,8 +27,9 @@ MODELS = {
     'expert_width': 24,
   },
 }
-# Of logits of up to about 3, in float32: another order of sums.
-TOLERANCE = 1e-5
+# Of logits of up to about 3, in float32: another order of sums, up to 1.03e-5
+# on one processor and less on others. A wrong adapter changes them by 1e-2.
+TOLERANCE = 3e-5
 
 
 def _model(kind='llama', **fields):
