@@ -13,10 +13,10 @@ Tibshirani 1993, chapter 16, on tests by the bootstrap.
 from collections.abc import Hashable, Sequence
 import dataclasses
 import math
+import types
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 LEVEL = 0.05  # probability that a test finds a difference where there is none
 POWER = 0.8  # probability that a test finds a difference that is there
@@ -94,14 +94,14 @@ def paired_t(
   freedom = len(sums) - 1
   if len(sums) < _FEWEST_FOR_T or _is_rounding(error, value, a, b):
     return _by_signs(value, sums)
-  half_width = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * error
+  half_width = float(_scipy_stats().t.ppf(1 - LEVEL / 2, freedom)) * error
   name = 'paired t' if clusters is None else 'paired t over clusters'
   return Difference(
     value=value,
     standard_error=error,
     low=value - half_width,
     high=value + half_width,
-    p_value=2 * float(stats.t.sf(abs(value) / error, freedom)),
+    p_value=2 * float(_scipy_stats().t.sf(abs(value) / error, freedom)),
     test=f'{name}, {freedom} degrees of freedom',
   )
 
@@ -127,7 +127,7 @@ def _by_signs(value: float, sums: np.ndarray) -> Difference:
 def _sign_test(gained: int, lost: int) -> float:
   if not gained + lost:
     return 1.0
-  return float(stats.binomtest(gained, gained + lost).pvalue)
+  return float(_scipy_stats().binomtest(gained, gained + lost).pvalue)
 
 
 def mcnemar(a: Sequence[float], b: Sequence[float]) -> Difference:
@@ -218,8 +218,8 @@ def unpaired(
   value, error = value_b - value_a, math.hypot(error_a, error_b)
   if not (error_a and error_b):
     error = math.nan
-  half_width = float(stats.norm.ppf(1 - LEVEL / 2)) * error
-  p_value = 2 * float(stats.norm.sf(abs(value) / error))
+  half_width = float(_scipy_stats().norm.ppf(1 - LEVEL / 2)) * error
+  p_value = 2 * float(_scipy_stats().norm.sf(abs(value) / error))
   # For 20 and 20 examples there are more than 10^11 divisions.
   if counts is not None and min(counts) < 20 and not math.isnan(p_value):
     p_value = max(p_value, 2 / math.comb(sum(counts), counts[0]))
@@ -285,7 +285,9 @@ def is_binary(values: Sequence[float]) -> bool:
 
 
 def _z() -> float:
-  return float(stats.norm.ppf(1 - LEVEL / 2) + stats.norm.ppf(POWER))
+  return float(
+    _scipy_stats().norm.ppf(1 - LEVEL / 2) + _scipy_stats().norm.ppf(POWER)
+  )
 
 
 def _gaps(a, b) -> np.ndarray:
@@ -316,3 +318,10 @@ def _cluster_sums(values, clusters) -> np.ndarray:
   sums = np.zeros(len(index_of))
   np.add.at(sums, index, values)
   return sums
+
+
+def _scipy_stats() -> types.ModuleType:
+  # Not at the top: importing it takes as long as a tenth of a prompt's answer.
+  from scipy import stats
+
+  return stats

@@ -1,4 +1,4 @@
-"""The arrays and programs of an engine: weights are read while they compile."""
+"""The arrays and programs of an engine, made at the same time."""
 
 from collections.abc import Callable
 from concurrent import futures
@@ -56,26 +56,51 @@ def load(
   model = transformer.Transformer(
     placement.model, jnp.dtype(dtype), backend.execution
   )
-  # A thread reads the weights: programs need their shapes alone.
+  sizes = pool.sizes(config, backend)
+
+  def allocate() -> device_state.State:
+    with jax.default_device(placement.device):
+      return placement.state(model, **sizes)
+
+  # Threads read the weights and clear the pages: programs need shapes alone.
   with (
     jax.default_device(placement.device),
-    futures.ThreadPoolExecutor(1) as threads,
+    futures.ThreadPoolExecutor(2) as threads,
   ):
     reading = threads.submit(placement.read, backend, params)
-    state = placement.state(model, **pool.sizes(config, backend))
+    allocating = threads.submit(allocate)
     start = time.perf_counter()
     compiled = make(
       model=model,
       params=beside(placement.shapes(backend, params)),
-      state=state,
+      state=_shapes(placement, model, sizes),
       config=config,
       context=config.context(placement.model.max_length),
       vocab_size=vocab_size,
       placement=placement,
       compile_all=compile_all,
     )
+    state = allocating.result()
     making.compile_now(
       draft, state, placement.shapes(backend, params), compile_all
     )
     seconds = time.perf_counter() - start
     return Loaded(state, compiled, reading.result(), seconds)
+
+
+def _shapes(
+  placement: placement_lib.Placement,
+  model: transformer.Transformer,
+  sizes: dict[str, Any],
+) -> device_state.State:
+  """Returns the shapes of the state, on the devices that it will have."""
+  shapes = placement.state_shapes(model, **sizes)
+  if placement.is_spread:
+    return shapes
+  sharding = jax.sharding.SingleDeviceSharding(placement.device)
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    shapes,
+  )
