@@ -31,6 +31,7 @@ from inference.engine.processes import leader as leader_lib
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models import axes, layout
+from models.linear.native import choice as native_choice
 from text import tokenizer as tokenizer_lib
 
 Prompt = str | abc.Sequence[int]
@@ -218,10 +219,9 @@ class Generator:
     )
 
   def products_text(self) -> str:
-    """Returns how kernels in fewer bits are multiplied; '' without such."""
-    if not frozen_format.storage_text(self.frozen.manifest):
-      return ''
-    return self.engine.backend.products
+    """Returns how weights are multiplied, '' where there is one way alone."""
+    products = self.engine.backend.products
+    return '' if products == native_choice.PLAIN else products
 
   def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
     """Returns the ids of a prompt: text as in training, ids verbatim."""

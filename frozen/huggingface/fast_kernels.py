@@ -27,7 +27,7 @@ def choose(kept: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
   chosen = native_choice.choose(
     'auto', dict(kept), jnp.float32, jax.default_backend()
   )
-  if chosen.port is product.in_blocks:
+  if chosen.stored is product.in_blocks:
     return {}, [
       f'matrices become floats, since products are in {chosen.reason};'
       ' --weights=kept leaves them as they are nevertheless'

@@ -132,10 +132,11 @@ class EngineConfig:
   )
   native: str = flag_field.field(
     'auto',
-    'Products with kernels in fewer bits on a CPU: auto (native code, built'
-    ' once with the C++ compiler that is installed; plain JAX without one), on'
-    ' (native code, or an error) or off (plain JAX). Native code has float32'
-    ' weights and sums in every dtype.',
+    'Products on a CPU with kernels in fewer bits, and of up to 8 tokens with'
+    ' floats of 64 MiB or more: auto (native code, built once with the C++'
+    ' compiler that is installed; plain JAX without one), on (native code for'
+    ' floats of any size, or an error) or off (plain JAX). Native code has'
+    ' float32 sums in every dtype.',
   )
   decode_steps: int = flag_field.field(
     32,

@@ -13,8 +13,9 @@ from inference.engine import device_state, engine_config
 from inference.engine.compiled import program_store
 from models import execution as execution_lib, kv_cache, layout, model_config
 from models.attention import supports
+from models.layers import table
 from models.linear import invariant
-from models.linear.native import choice as native_choice
+from models.linear.native import choice as native_choice, processor
 
 _KERNELS = {'tpu': supports.PAGED_TPU, 'gpu': supports.PAGED_GPU}
 
@@ -26,7 +27,7 @@ class Backend(NamedTuple):
   channels: int  # C of pages
   kv_dtype: Any  # of pages
   has_transposed_kernels: bool = False  # `models.layout.transpose_kernels`
-  # How kernels in fewer bits are multiplied, and after a colon why.
+  # How weights are multiplied, and after a colon why.
   products: str = ''
   # Per token: of the KV cache of a draft model, whose pages are as many, or of
   # the hidden states that a draft head reads.
@@ -36,7 +37,7 @@ class Backend(NamedTuple):
     self, config: engine_config.EngineConfig, params: Any, dtype: Any,
     platform: str,
   ) -> 'Backend':  # fmt: skip
-    """Returns the backend with the product of the stored kernels of params.
+    """Returns the backend with the products that suit the weights of params.
 
     Args:
       config: of the engine.
@@ -47,8 +48,21 @@ class Backend(NamedTuple):
     Raises:
       ValueError: the native product is asked for, and cannot be.
     """
-    chosen = native_choice.choose(config.native, params, dtype, platform)
-    execution = dataclasses.replace(self.execution, stored=chosen.port)
+    chosen = native_choice.choose(
+      config.native,
+      params,
+      dtype,
+      platform,
+      # Invariant products and those of several devices have their own ports.
+      has_floats=config.numerics == 'fast' and config.num_parts == 1,
+      is_transposed=self.has_transposed_kernels,
+    )
+    ports = {
+      name: port
+      for name in ('stored', 'linear', 'unembed')
+      if (port := getattr(chosen, name)) is not None
+    }
+    execution = dataclasses.replace(self.execution, **ports)
     return self._replace(execution=execution, products=chosen.reason)
 
   def pool_pages(
@@ -163,7 +177,10 @@ def choose(
     width,
     kv_dtype,
     # Invariant products are loops, before which XLA would transpose.
-    platform == 'cpu' and dtype == jnp.bfloat16 and config.numerics == 'fast',
+    platform == 'cpu'
+    and dtype == jnp.bfloat16
+    and config.numerics == 'fast'
+    and processor.has_bfloat16_tiles(),
   )
   path = supports.PAGED
   if config.numerics == 'invariant':
@@ -201,6 +218,12 @@ def choose(
       raise ValueError(f"engine.attention: got 'kernel', but {refusal}")
   if refusal := supports.problem(path, _request(config, model, dtype, width)):
     raise ValueError(f'{path.name}: {refusal}')
+  if platform == 'cpu' and dtype == jnp.bfloat16:
+    backend = backend._replace(
+      execution=dataclasses.replace(
+        backend.execution, look_up=table.look_up_in_loop
+      )
+    )
   return backend
 
 

@@ -133,7 +133,8 @@ def _stored_product(numerics, params, dtype):
   was_native = numerics.get('products', '').startswith('native')
   setting = 'auto' if was_native else 'off'
   platform = jax.local_devices()[0].platform
-  return choice.choose(setting, params, dtype, platform).port
+  chosen = choice.choose(setting, params, dtype, platform, has_floats=False)
+  return chosen.stored
 
 
 def _check_weights(receipt, directory: str) -> None:

@@ -39,6 +39,17 @@ def look_up(table: Any, ids_BT: jax.Array) -> jax.Array:
   return jnp.take(table_VD, ids_BT, axis=0)
 
 
+def look_up_in_loop(table: Any, ids_BT: jax.Array) -> jax.Array:
+  """Returns `look_up`, for a loop of steps on a CPU.
+
+  XLA:CPU takes rows of bfloat16 by way of float32. Without the barrier it would
+  convert the whole table before the loop, in every call.
+  """
+  if not stored_tree.is_stored(table):
+    table, ids_BT = jax.lax.optimization_barrier((table, ids_BT))
+  return look_up(table, ids_BT)
+
+
 def unembed(
   hidden: jax.Array, table: Any, dtype: Any, execution: Any
 ) -> jax.Array:

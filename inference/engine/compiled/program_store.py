@@ -19,7 +19,6 @@ import math
 import os
 import pathlib
 import pickle
-import platform
 import secrets
 import sys
 from typing import Any
@@ -28,6 +27,7 @@ import jax
 from jax._src import config as jax_config
 from jax.experimental import serialize_executable
 
+from models.linear.native import processor
 from storage import atomic
 
 _ROOT = pathlib.Path(__file__).parents[3]
@@ -171,17 +171,6 @@ def _environment() -> str:
       sorted(settings.items()),
       os.environ.get('XLA_FLAGS', ''),
       os.cpu_count(),
-      _processor(),
+      processor.described(),
     )
   )
-
-
-def _processor() -> str:
-  """Returns the kind of processor that native code is compiled for."""
-  try:
-    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-  except OSError:
-    # Not Linux. Programs are then for this machine alone.
-    return f'{platform.machine()} {platform.processor()} {platform.node()}'
-  wanted = 'model name', 'flags', 'Features', 'CPU part'
-  return '\n'.join(sorted({line for line in lines if line.startswith(wanted)}))

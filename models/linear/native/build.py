@@ -1,11 +1,12 @@
-"""Builds the native product with the user's compiler, once, and loads it.
+"""Builds native products with the user's compiler, once, and loads them.
 
-The library is kept in a directory of the user. Its name is a digest of all its
-inputs: sources, compiler, options, processor and jaxlib, whose headers it
-includes. So it is never stale, and machines that share a home directory have
-separate libraries. Its last bytes are a digest of all other bytes: a damaged
-file counts as absent. It is written under another name and renamed, so
-processes that build it at the same time do not disturb each other.
+Each product has a library of its own, which is kept in a directory of the user.
+Its name is a digest of all its inputs: sources, compiler, options, processor
+and jaxlib, whose headers it includes. So it is never stale, and machines that
+share a home directory have separate libraries. Its last bytes are a digest of
+all other bytes: a damaged file counts as absent. It is written under another
+name and renamed, so processes that build it at the same time do not disturb
+each other.
 
 A user who may write into the directory can run code here, as with JAX's own
 cache.
@@ -24,8 +25,15 @@ import threading
 
 import jax
 
+from models.linear.native import processor
+
 _HERE = pathlib.Path(__file__).parent
-_SOURCES = 'kernel.cc', 'formats.h', 'simd.h'
+STORED = 'kernel.cc'  # the product with kernels in fewer bits
+FEW_ROWS = 'few_rows.cc'  # the product of few rows with floats
+_HEADERS = {
+  STORED: ('formats.h', 'parts.h', 'simd.h'),
+  FEW_ROWS: ('parts.h', 'simd.h'),
+}
 _COMPILERS = 'g++', 'clang++', 'c++'
 # Products and sums are fused where the source says so, and nowhere else: one
 # row has the bits of many rows.
@@ -51,22 +59,25 @@ def directory() -> pathlib.Path:
 
 
 def registered(
-  options: tuple[str, ...] = NATIVE, kept_in: pathlib.Path | None = None
+  options: tuple[str, ...] = NATIVE,
+  kept_in: pathlib.Path | None = None,
+  source: str = STORED,
 ) -> tuple[str, str]:
-  """Returns XLA's name of the product, and the instructions that it uses.
+  """Returns XLA's name of a product, and the instructions that it uses.
 
   The first call of a process builds or loads the library and registers it.
 
   Args:
     options: options of the compiler, for a processor.
     kept_in: directory of the library; default: `directory()`.
+    source: `STORED` or `FEW_ROWS`.
 
   Raises:
     BuildError: there is no compiler, it fails, or the library cannot be kept or
       loaded.
   """
   with _lock:  # engines start in several threads
-    path = built(options, kept_in or directory())
+    path = built(options, kept_in or directory(), source)
     name = f'two_lives_multiply_{path.stem}'
     if name not in _registered:
       try:
@@ -81,17 +92,19 @@ def registered(
     return name, _registered[name]
 
 
-def built(options: tuple[str, ...], kept_in: pathlib.Path) -> pathlib.Path:
+def built(
+  options: tuple[str, ...], kept_in: pathlib.Path, source: str = STORED
+) -> pathlib.Path:
   """Returns the path of the library; builds it, unless it is there and whole.
 
   Raises:
     BuildError: the library cannot be built.
   """
   compiler = _compiler()
-  path = kept_in / f'{_key(compiler, options)}.so'
+  path = kept_in / f'{_key(compiler, options, source)}.so'
   try:
     if not _is_whole(path):
-      _build(compiler, options, path)
+      _build(compiler, options, source, path)
   except OSError as error:
     raise BuildError(f'the library {path}: {error}') from error
   return path
@@ -109,28 +122,21 @@ def _compiler() -> str:
   )
 
 
-def _key(compiler: str, options: tuple[str, ...]) -> str:
+def _key(compiler: str, options: tuple[str, ...], source: str = STORED) -> str:
   """Returns a digest of everything that the library depends on."""
   version = _run([compiler, '--version']).stdout
-  sources = [(_HERE / name).read_text() for name in _SOURCES]
+  names = source, *_HEADERS[source]
+  sources = [(_HERE / name).read_text() for name in names]
   parts = (
     sources, compiler, version, _OPTIONS, options, platform.platform(),
-    _processor(), importlib.metadata.version('jaxlib'),
+    processor.described(), importlib.metadata.version('jaxlib'),
   )  # fmt: skip
   return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _processor() -> str:
-  """Returns the instructions that the processor has."""
-  try:
-    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-  except OSError:
-    return f'{platform.processor()} {platform.node()}'  # this machine alone
-  wanted = 'model name', 'flags', 'Features', 'CPU part'
-  return '\n'.join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
-def _build(compiler: str, options: tuple[str, ...], path: pathlib.Path) -> None:
+def _build(
+  compiler: str, options: tuple[str, ...], source: str, path: pathlib.Path
+) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
     built = pathlib.Path(scratch) / 'product.so'
@@ -140,7 +146,7 @@ def _build(compiler: str, options: tuple[str, ...], path: pathlib.Path) -> None:
       *_OPTIONS,
       *options,
       *include,
-      str(_HERE / 'kernel.cc'),
+      str(_HERE / source),
     ]
     done = _run([*command, '-o', str(built)])
     if done.returncode:

@@ -9,13 +9,11 @@
 // Of several rows, a few columns are decoded into the cache, for all rows.
 
 #include <algorithm>
-#include <atomic>
 #include <iterator>
-#include <memory>
-#include <thread>
 #include <vector>
 
 #include "formats.h"
+#include "parts.h"
 #include "simd.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -30,8 +28,6 @@ constexpr int kColumns = 4, kRows = 6;  // 24 sums of 32 registers
 constexpr int kColumns = 2, kRows = 3;
 #endif
 constexpr int64_t kGroups = 8;  // of columns that are decoded for many rows
-// Products of less work than this are computed by one thread.
-constexpr int64_t kLeastWork = 1 << 16;
 
 struct Product {
   Matrix matrix;
@@ -192,38 +188,6 @@ Part PartOf(int64_t form, const Matrix& matrix) {
   return index >= 0 && index < size ? kParts[index] : nullptr;
 }
 
-// Parts of a product that threads take, one after the other. A thread that XLA
-// starts late finds none left, and touches nothing else.
-struct Parts {
-  Product product;
-  Part part;
-  int64_t size, count;
-  std::atomic<int64_t> next{0}, done{0};
-
-  void Work() {
-    for (int64_t i; (i = next.fetch_add(1)) < count; done.fetch_add(1))
-      part(product, i * size, std::min((i + 1) * size, product.matrix.rows));
-  }
-};
-
-void Run(const Product& product, Part part, ffi::ThreadPool pool) {
-  const int64_t outputs = product.matrix.rows;
-  const int64_t work = outputs * product.matrix.columns * product.num_rows;
-  const int64_t threads = work < kLeastWork ? 1 : pool.num_threads();
-  if (threads <= 1) return part(product, 0, outputs);
-  auto parts = std::make_shared<Parts>();
-  parts->product = product;
-  parts->part = part;
-  const int64_t wanted = (outputs + 4 * threads - 1) / (4 * threads);
-  parts->size = (wanted + kColumns - 1) / kColumns * kColumns;
-  parts->count = (outputs + parts->size - 1) / parts->size;
-  for (int64_t i = 1; i < std::min(threads, parts->count); ++i)
-    pool.Schedule([parts] { parts->Work(); });
-  parts->Work();
-  // What is left is being computed by a thread that runs.
-  while (parts->done.load() < parts->count) std::this_thread::yield();
-}
-
 ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                     ffi::AnyBuffer data, ffi::Buffer<ffi::F32> scales,
                     ffi::Buffer<ffi::F32> mins, ffi::Buffer<ffi::F32> book,
@@ -269,7 +233,8 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
     }
     product.x = padded.data();
   }
-  Run(product, part, pool);
+  const int64_t work = matrix.rows * matrix.columns * product.num_rows;
+  Run(product, part, matrix.rows, work, kColumns, 4, pool);
   return ffi::Error::Success();
 }
 

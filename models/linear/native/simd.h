@@ -28,6 +28,11 @@ namespace two_lives {
 
 constexpr int kLanes = 16;
 
+// The upper half of a float32.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
 // Sixteen codes of 8 bits; compilers have & | ^ + - and shifts of them.
 typedef uint8_t Codes __attribute__((vector_size(16)));
 
@@ -40,6 +45,7 @@ TWO_LIVES_INLINE Codes LoadCodes(const void* from) {
 #if defined(TWO_LIVES_AVX512)
 
 constexpr const char* kInstructions = "avx512";
+constexpr int kRegisters = 32;  // each of a Vec
 typedef __m512 Vec;
 
 TWO_LIVES_INLINE Vec Zero() { return _mm512_setzero_ps(); }
@@ -55,6 +61,11 @@ TWO_LIVES_INLINE Vec OfUnsigned(Codes codes) {
 }
 TWO_LIVES_INLINE Vec OfSigned(Codes codes) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)codes));
+}
+TWO_LIVES_INLINE Vec LoadFloats(const Bfloat16* from) {
+  const __m256i bits = _mm256_loadu_si256((const __m256i*)from);
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 TWO_LIVES_INLINE Vec LookUp(Codes codes, const float* book) {
   return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32((__m128i)codes),
@@ -77,6 +88,7 @@ TWO_LIVES_INLINE Vec Halves(float first, float second) {
 #elif defined(TWO_LIVES_AVX2)
 
 constexpr const char* kInstructions = "avx2";
+constexpr int kRegisters = 8;
 struct Vec {
   __m256 low, high;
 };
@@ -112,6 +124,14 @@ TWO_LIVES_INLINE Vec OfSigned(Codes codes) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32((__m128i)codes)),
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(HighHalf(codes)))};
 }
+TWO_LIVES_INLINE __m256 LoadEight(const Bfloat16* from) {
+  const __m128i bits = _mm_loadu_si128((const __m128i*)from);
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+TWO_LIVES_INLINE Vec LoadFloats(const Bfloat16* from) {
+  return {LoadEight(from), LoadEight(from + 8)};
+}
 TWO_LIVES_INLINE __m256 LookUpHalf(__m256i codes, const float* book) {
   // A permutation has 8 entries: both halves of the book, and bit 3 chooses.
   __m256 first = _mm256_permutevar8x32_ps(_mm256_loadu_ps(book), codes);
@@ -135,6 +155,7 @@ TWO_LIVES_INLINE Vec Halves(float first, float second) {
 #else
 
 constexpr const char* kInstructions = "plain";
+constexpr int kRegisters = 8;
 struct Vec {
   float lane[kLanes];
 };
@@ -161,6 +182,10 @@ TWO_LIVES_INLINE Vec OfUnsigned(Codes codes) {
 TWO_LIVES_INLINE Vec OfSigned(Codes codes) {
   TWO_LIVES_EACH(static_cast<float>(static_cast<int8_t>(codes[i])));
 }
+TWO_LIVES_INLINE float OneFloat(const Bfloat16* from);
+TWO_LIVES_INLINE Vec LoadFloats(const Bfloat16* from) {
+  TWO_LIVES_EACH(OneFloat(from + i));
+}
 TWO_LIVES_INLINE Vec LookUp(Codes codes, const float* book) {
   TWO_LIVES_EACH(book[codes[i]]);
 }
@@ -175,6 +200,24 @@ TWO_LIVES_INLINE Vec Halves(float first, float second) {
 #undef TWO_LIVES_EACH
 
 #endif
+
+TWO_LIVES_INLINE Vec LoadFloats(const float* from) { return Load(from); }
+TWO_LIVES_INLINE float OneFloat(const float* from) { return *from; }
+TWO_LIVES_INLINE float OneFloat(const Bfloat16* from) {
+  const uint32_t bits = static_cast<uint32_t>(from->bits) << 16;
+  float number;
+  std::memcpy(&number, &bits, sizeof(number));
+  return number;
+}
+
+// a * b + c, with the roundings of `MulAdd`.
+TWO_LIVES_INLINE float MulAddOne(float a, float b, float c) {
+#if defined(TWO_LIVES_AVX512) || defined(TWO_LIVES_AVX2)
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 
 // The sum of all lanes, halves first: the same order in every build.
 TWO_LIVES_INLINE float Sum(Vec a) {

@@ -6,7 +6,9 @@ import pytest
 from inference.engine import engine_config, execution
 from models.attention import cached, supports
 from models.attention.kernels import paged_gpu, paged_tpu
+from models.layers import table
 from models.linear import invariant
+from models.linear.native import processor
 from tests.helpers import tiny_models
 
 _Config = engine_config.EngineConfig
@@ -63,7 +65,9 @@ def test_a_kernel_that_a_platform_lacks_is_refused():
     _choose('cpu', attention='kernel')
 
 
-def test_pages_of_bfloat16_are_bits_on_a_cpu():
+@pytest.mark.parametrize('has_tiles', [False, True])
+def test_bfloat16_on_a_cpu_has_its_own_layouts(monkeypatch, has_tiles):
+  monkeypatch.setattr(processor, 'has_bfloat16_tiles', lambda: has_tiles)
   for platform, dtype, fields, expected in (
     ('cpu', 'bfloat16', {}, 'uint16'),
     ('cpu', 'float32', {}, 'float32'),
@@ -77,7 +81,12 @@ def test_pages_of_bfloat16_are_bits_on_a_cpu():
     backend = _choose(platform, dtype=jnp.dtype(dtype), **fields)
     assert jnp.dtype(backend.kv_dtype) == expected
     assert backend.has_transposed_kernels == (
-      (platform, dtype) == ('cpu', 'bfloat16') and 'numerics' not in fields
+      (platform, dtype) == ('cpu', 'bfloat16')
+      and 'numerics' not in fields
+      and has_tiles
+    )
+    assert (backend.execution.look_up == table.look_up_in_loop) == (
+      (platform, dtype) == ('cpu', 'bfloat16')
     )
 
 

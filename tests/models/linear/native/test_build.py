@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from models.linear.native import build, choice, product as native_product
+from models.linear.native import (
+  build,
+  choice,
+  few_rows,
+  processor,
+  product as native_product,
+)
 from models.linear.stored import product
 from tests.helpers import any_kernels
 
@@ -61,9 +67,10 @@ def test_a_library_is_built_once_and_again_when_it_is_damaged(
 def test_the_name_tells_options_and_sources_apart(monkeypatch):
   compiler = build._compiler()
   keys = {build._key(compiler, build.NATIVE), build._key(compiler, ())}
-  monkeypatch.setattr(build, '_processor', lambda: 'another')
+  keys.add(build._key(compiler, (), build.FEW_ROWS))
+  monkeypatch.setattr(processor, 'described', lambda: 'another')
   keys.add(build._key(compiler, ()))
-  assert len(keys) == 3
+  assert len(keys) == 4
 
 
 @pytest.mark.slow
@@ -82,7 +89,7 @@ def test_without_a_compiler_products_are_plain_with_the_reason(
   monkeypatch.setenv('PATH', str(tmp_path))
   monkeypatch.delenv('CXX', raising=False)
   found = choice.choose('auto', _params(), jnp.float32, 'cpu')
-  assert found.port is product.in_blocks
+  assert found.stored is product.in_blocks
   assert found.reason.startswith('plain JAX: no compiler g++, clang++, c++ on')
   with pytest.raises(ValueError, match="native: got 'on', but no compiler"):
     choice.choose('on', _params(), jnp.float32, 'cpu')
@@ -106,7 +113,7 @@ def test_a_directory_that_cannot_be_written_is_a_reason(tmp_path):
 def test_the_choice_says_why():
   def reason(*args):
     found = choice.choose(*args)
-    assert found.port is product.in_blocks
+    assert found.stored is product.in_blocks
     return found.reason
 
   dtype = jnp.float32
@@ -115,8 +122,44 @@ def test_the_choice_says_why():
   )
   assert 'for CPUs, not for gpu' in reason('auto', _params(), dtype, 'gpu')
   assert 'got form fp8' in reason('auto', _params('fp8'), dtype, 'cpu')
-  floats = {'params': {'up': {'kernel': jnp.ones((4, 4))}}}
-  assert 'no kernel is in fewer bits' in reason('auto', floats, dtype, 'cpu')
+
+
+def test_floats_are_native_where_a_cache_does_not_hold_them():
+  def params(rows, dtype='float32'):
+    leaf = jax.ShapeDtypeStruct((rows, 1024), dtype)
+    return {'up': {'kernel': leaf}, 'norm': {'scale': leaf.update(shape=(8,))}}
+
+  small, large = params(16 * 1023), params(16 * 1024)  # 64 MiB
+  for found in (
+    choice.choose('auto', small, jnp.float32, 'cpu'),
+    choice.choose('auto', large, jnp.float32, 'gpu'),
+    choice.choose('auto', large, jnp.float32, 'cpu', has_floats=False),
+  ):
+    assert found == choice.Choice()
+  found = choice.choose('auto', large, jnp.bfloat16, 'cpu')
+  assert found.linear is None
+  assert found.reason == 'plain JAX: got weights of float32 in bfloat16'
+  for text, given in (
+    ('for CPUs, not for gpu', (small, jnp.float32, 'gpu')),
+    ('got weights of float32', (small, jnp.bfloat16, 'cpu')),
+    ('there is no matrix', ({}, jnp.float32, 'cpu')),
+  ):
+    with pytest.raises(ValueError, match=f"native: got 'on', but .*{text}"):
+      choice.choose('on', *given)
+
+
+@pytest.mark.usefixtures('_has_compiler')
+def test_floats_and_kernels_in_fewer_bits_are_native_at_once():
+  floats = {'down': {'kernel': jax.ShapeDtypeStruct((4, 4), 'float32')}}
+  alone = choice.choose('on', floats, jnp.float32, 'cpu', is_transposed=True)
+  assert isinstance(alone.linear, few_rows.Linear)
+  assert isinstance(alone.unembed, few_rows.Unembed)
+  assert alone.linear.is_transposed
+  assert alone.reason.startswith('native up to 8 rows, ')
+  both = choice.choose('on', {**floats, **_params()}, jnp.float32, 'cpu')
+  assert isinstance(both.stored, native_product.Port)
+  assert both.reason.startswith('native, ')
+  assert '; floats native up to 8 rows, ' in both.reason
 
 
 @pytest.mark.usefixtures('_has_compiler')
@@ -124,5 +167,5 @@ def test_kernels_of_both_kinds_are_counted():
   params = {'a': _params(), 'b': _params('fp8'), 'c': _params('Q8_0')}
   shapes = jax.eval_shape(lambda: params)
   found = choice.choose('auto', shapes, jnp.float32, 'cpu')
-  assert isinstance(found.port, native_product.Port)
+  assert isinstance(found.stored, native_product.Port)
   assert '1 of 3 kernels in plain JAX: got form fp8' in found.reason

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models.linear import plain
-from models.linear.native import build, product as native_product
+from models.linear.native import build, processor, product as native_product
 from models.linear.stored import product, round as rounding
 from tests.helpers import any_kernels
 
@@ -89,7 +89,7 @@ def test_builds_for_other_processors_agree(ports, kind):
     x_RI = _inputs(num_rows, w_IO.shape[0])
     expected = _multiplied(ports(), x_RI, w_IO)
     for options in (_PLAIN, _AVX2):
-      if options == _AVX2 and 'avx2' not in build._processor():
+      if options == _AVX2 and 'avx2' not in processor.described():
         pytest.skip('this processor has no AVX2')
       port = ports(options)
       assert port.instructions == ('avx2' if options == _AVX2 else 'plain')
