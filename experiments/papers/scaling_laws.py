@@ -15,6 +15,17 @@ def get_claims() -> tuple[claims.Claim, ...]:
     _kaplan_reconciled(),
     _parabola_bias(),
     _repeated_data(),
+    _isoflop(
+      'isoflop_bytes',
+      {'cpu': 1500},
+      '25 models of 13,000 to 248,000 parameters on the sources of Python.',
+    ),
+    _isoflop(
+      'isoflop_bytes_large',
+      {'gpu': 600},
+      '19 models of 0.3 to 11 million parameters.',
+      {'text': 'enwik9, from https://mattmahoney.net/dc/textdata.html'},
+    ),
   )
 
 
@@ -135,3 +146,35 @@ def _repeated_data() -> claims.Claim:
     seconds={'cpu': 1},
     note='Values of the formula. The experiment behind it is not repeated.',
   )
+
+
+def _isoflop(
+  name: str,
+  seconds: dict[str, int],
+  note: str,
+  inputs: dict[str, str] | None = None,
+) -> claims.Claim:
+  return claims.Claim(
+    name=name,
+    paper='Hoffmann et al. 2022, arXiv:2203.15556',
+    where='table 2, approaches 2 and 3',
+    statement='The best number of parameters grows nearly as the square root of'
+    ' the FLOPs, by parabolas and by a law of all losses.',
+    quantities=(
+      claims.Quantity(
+        name='exponent, parabolas', published='.49', low=0.4, high=0.6,
+        why='a tenth around the square root: other data, and small models',
+      ),
+      claims.Quantity(
+        name='exponent, law', published='.46; .5126 when fitted again',
+        low=0.4, high=0.6, why='the same',
+      ),
+      claims.Quantity(
+        name='exponent that the parabolas add', published='0', low=-0.03,
+        high=0.03, why='arXiv:2603.22339: none on grids that are centred',
+      ),
+    ),
+    seconds=seconds,
+    inputs=inputs or {},
+    note=f'{note} Bytes, one seed; intervals by resampling.',
+  )  # fmt: skip

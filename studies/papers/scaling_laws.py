@@ -1,10 +1,14 @@
-"""Measurements of claims about scaling laws: computed, without training."""
+"""Measurements of claims about scaling laws, published ones and our own."""
+
+from typing import Any
 
 import numpy as np
 
 from evals import claims as claims_lib
+from experiments.scaling import bytes as bytes_page, bytes_large
 from studies.papers import port
 from studies.scaling import (
+  isoflop,
   kaplan as kaplan_lib,
   optimum,
   parabolas,
@@ -101,3 +105,40 @@ def repeated_data(
     f'{epochs} epochs': scaling_laws.effective_tokens(1.0, epochs)
     for epochs in (4, 16, 40)
   }
+
+
+def isoflop_bytes(
+  claim: claims_lib.Claim, setting: port.Setting
+) -> port.Measured:
+  """Returns the exponents of a grid that a CPU trains."""
+  return _exponents(claim, setting, bytes_page)
+
+
+def isoflop_bytes_large(
+  claim: claims_lib.Claim, setting: port.Setting
+) -> port.Measured:
+  """Returns the exponents of a grid that a GPU trains."""
+  return _exponents(claim, setting, bytes_large)
+
+
+def _exponents(
+  claim: claims_lib.Claim, setting: port.Setting, grid: Any
+) -> port.Measured:
+  """Trains a grid, and returns its exponents with their intervals."""
+  text = isoflop.cut_text(setting.inputs.get('text', ''), setting.workdir)
+  points = isoflop.measure(isoflop.make_grid(grid, text=text), setting.workdir)
+  if points is None:
+    raise port.Stopped(1)
+  points_lib.write(setting.workdir / isoflop.POINTS, points)
+  power = parabolas.fit(points)
+  around = parabolas.bootstrap(points)
+  law = parametric.bootstrap(points, parametric.project)
+  exponent = parametric.quantities(law.fit)['a']
+  of_law = law.intervals['a']
+  names = [quantity.name for quantity in claim.quantities]
+  found = (
+    port.Interval(value=power.exponent, low=around.low, high=around.high),
+    port.Interval(value=exponent, low=of_law.low, high=of_law.high),
+    parabolas.bias(law.fit, points).exponent,
+  )
+  return dict(zip(names, found, strict=True))
