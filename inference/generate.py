@@ -209,6 +209,8 @@ class Generator:
       f' sequences run at once, of at most {min(engine.context, tokens + 1):,}'
       f' tokens each and {tokens:,} together'
     )
+    if others := engine.config.prefill_engines:
+      text += f'; {others} more for prompts, with weights and pages each'
     if engine.draft is None:
       return text
     own = pages * engine.page_tokens * engine.backend.beside_bytes

@@ -28,7 +28,6 @@ One thread owns an engine.
 import collections
 from collections.abc import Generator, Iterator, Sequence
 import dataclasses
-import itertools
 import time
 from typing import Any
 
@@ -38,25 +37,25 @@ import jax.numpy as jnp
 from inference.constraints import grammars
 from inference.engine import (
   adapter_table,
+  config_checks,
   device_state,
   engine_config,
+  entrance,
   flight as flight_lib,
   landing,
   loaded,
   metrics,
 )
+from inference.engine.apart import prefillers
 from inference.engine.compiled import compilations
 from inference.engine.drafting import making, speculating
 from inference.engine.processes import follower, leader as leader_lib, told
 from inference.engine.spread import placement as placement_lib, pool as pool_lib
-from inference.output import stop_strings
 from inference.requests import (
   accounts,
-  answer as answer_lib,
   feeding,
   requests as requests_lib,
 )
-from inference.sampling import settings as settings_lib
 from inference.scheduling import (
   fairness,
   scheduler,
@@ -101,7 +100,7 @@ class Engine:
       compile_all: False compiles the few programs that every step can use. The
         others are left to `compile_rest`.
       draft: the model or the head that drafts, with such speculation.
-      devices: of which `config.tensor` share the model; None: all here.
+      devices: of which the first `config.num_devices` are used; None: all here.
       leader: tells the other processes of an engine over several; None: all
         devices are of this process.
     """
@@ -112,6 +111,7 @@ class Engine:
     self.metrics, self._last_gauged = metrics.Metrics(), 0.0
     self._leader = leader
     if leader:
+      config_checks.over_processes(config)
       leader.check_devices(config.tensor)
       devices = leader.devices
     vocab_size = tokenizer.vocab_size
@@ -147,12 +147,39 @@ class Engine:
       compile_all=compile_all,
     )
     self._state, self._programs, self.params, self.compile_seconds = made
+    self._begin_prefillers(params, devices, dtype, compile_all)
     if self.draft:
       self.draft.use(self.params)
     if leader:
       leader.wait(loading)
     self.adapters.put = self._programs.put_adapter
     self._begin_empty()
+
+  def _begin_prefillers(
+    self,
+    params: device_state.Unread,
+    devices: Sequence[jax.Device] | None,
+    dtype: Any,
+    compile_all: bool,
+  ) -> None:
+    """Makes the engines that compute prompts, if the config has any."""
+    self._state, self._prefillers = prefillers.start(
+      self.config,
+      params,
+      self._state,
+      devices,
+      page_tokens=self.page_tokens,
+      make=lambda own, params, devices: Engine(
+        self.model_config,
+        params,
+        tokenizer=self.tokenizer,
+        weights_digest=self.weights_digest,
+        dtype=dtype,
+        config=own,
+        compile_all=compile_all,
+        devices=devices,
+      ),
+    )
 
   def _begin_others(self, num_pages: int, dtype: str) -> int:
     """Tells the other processes to load; returns the number of that call."""
@@ -172,7 +199,7 @@ class Engine:
     """Starts without requests."""
     self._flight: flight_lib.Flight | None = None
     self._grammars = grammars.Grammars(self.tokenizer)
-    self._feeder, self._ids = feeding.Feeder(self), itertools.count()
+    self._feeder = feeding.Feeder(self)
     self._speculator = speculating.Speculator(
       self.config, self._programs, self.manager, self.metrics, self.draft
     )
@@ -183,6 +210,14 @@ class Engine:
       self.config, self.manager, self.metrics, self._accounts, self._speculator
     )
     self._live = self._answers.live
+    self._entrance = entrance.Entrance(
+      self.config,
+      tokenizer=self.tokenizer,
+      adapters=self.adapters,
+      manager=self.manager,
+      answers=self._answers,
+      prefillers=self._prefillers,
+    )
 
   # --------------------------------------------------------------------------
   # Requests
@@ -198,6 +233,8 @@ class Engine:
       self._programs.compile_rest()
       if self.draft:
         self.draft.compile()
+      if self._prefillers:
+        self._prefillers.compile_rest()
 
   @property
   def is_compiling(self) -> bool:
@@ -249,7 +286,9 @@ class Engine:
     if not self.has_places(asked):
       self.metrics.refused.labels('overloaded').inc()
       raise requests_lib.overloaded(asked, self.num_waiting, most)
-    return [self._submit(request) for request in requests]
+    return [
+      self._entrance.enter(request, self.weights_digest) for request in requests
+    ]
 
   def has_places(self, asked: collections.Counter[str]) -> bool:
     """Returns whether the queue holds so many sequences of each principal."""
@@ -272,47 +311,15 @@ class Engine:
     """
     return self._feeder.answer([self.checked(request) for request in requests])
 
-  def _submit(self, request: requests_lib.Request) -> int:
-    """Makes the n sequences of a checked request."""
-    assert request.room is not None
-    request_id, settings = next(self._ids), request.settings
-    base = settings_lib.new_seed() if settings.seed is None else settings.seed
-    principal = None if self.config.share_prefixes else request.principal
-    stop = stop_strings.StopStrings(settings.stop)
-    adapter = self.adapters.find(request.adapter)
-    parent = None
-    for index in range(settings.n):
-      sequence = self.manager.submit(
-        (request_id, index),
-        request.prompt_ids,
-        request.room,
-        principal=request.principal,
-        priority=request.priority,
-        weight=request.weight,
-        scope=(self.weights_digest, request.adapter, principal),
-        # These need every position of the prompt computed.
-        reads_prefix_cache=(
-          self.config.prefix_cache
-          and settings.prompt_logprobs is None
-          and request.pooling != 'mean'
-        ),
-        in_chunks=request.pooling is not None,
-        parent=parent,
-      )
-      parent = parent or sequence
-      self._answers.add(
-        answer_lib.Live(
-          request_id,
-          index,
-          request,
-          sequence,
-          seed=settings_lib.sample_seed(base, request.first_sample + index),
-          tokenizer=self.tokenizer,
-          adapter=adapter,
-          stop=stop,
-        )
-      )
-    return request_id
+  def cached_pages(self, request: requests_lib.Request) -> list[int]:
+    """Returns the pages of a prompt that the prefix cache has."""
+    scope = entrance.scope_of(request, self.weights_digest, self.config)
+    return self.manager.tables.cache.lookup(scope, request.prompt_ids)
+
+  @property
+  def kv_cache(self) -> device_state.KVCache:
+    """The pages; each step donates them."""
+    return self._state.kv_cache
 
   def cancel(self, request_id: int) -> list[requests_lib.Update]:
     """Ends a request, releases its pages; returns its last updates.
@@ -322,6 +329,8 @@ class Engine:
     self._answers.charge_memory(now := time.perf_counter())
     ended = [x for x in self._live.values() if x.request_id == request_id]
     for live in ended:
+      if self._prefillers:
+        self._prefillers.cancel(live.sequence.id)
       self._answers.close(live, 'cancelled')
     return [live.cancelled(now) for live in ended]
 
@@ -335,6 +344,11 @@ class Engine:
         loaded, shapes or dtypes differ, or the engine has several processes.
     """
     self.adapters.check_empty()
+    if self._prefillers:
+      raise ValueError(
+        'weights: got new ones for an engine with others that compute prompts,'
+        ' expected none; set engine.prefill_engines = 0'
+      )
     if self._leader:
       raise ValueError(
         'weights: got new ones for an engine over several processes, expected'
@@ -369,6 +383,8 @@ class Engine:
     held = self.adapters.beside(self.params), self._state
     if self.draft:
       held = held, self.draft.arrays
+    if self._prefillers:
+      self._prefillers.release()
     for leaf in jax.tree.leaves(held):
       leaf.delete()
 
@@ -386,6 +402,10 @@ class Engine:
     compiled = compilations.on_this_thread()
     # Before sequences enter: they have held no pages until now.
     self._answers.charge_memory(start)
+    if self._prefillers:
+      self._state = self._prefillers.landed(
+        self.manager, self._live, self._state, is_idle=self._flight is None
+      )
     updates: list[requests_lib.Update] = []
     waited, landed = -self._speculator.waited, self._flight
     may_draft = self._may_draft
@@ -398,7 +418,9 @@ class Engine:
     if plan.preempted or not plan.is_empty:
       flight = self._dispatch(self._begun(plan))
     landed, self._flight = self._flight, flight
-    if flight is None and landed is None and self._live and not updates:
+    waits = self._prefillers is not None and self._prefillers.is_busy
+    is_idle = flight is None and landed is None and not updates
+    if is_idle and self._live and not waits:
       raise RuntimeError(
         f'got {len(self._live)} sequences and nothing to do for any of them;'
         ' report this as a bug'

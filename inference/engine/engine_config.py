@@ -9,7 +9,7 @@ import dataclasses
 import math
 
 from checks import expect, flag_field
-from inference.engine import memory_sizes
+from inference.engine import config_checks, memory_sizes
 from inference.scheduling import limits as limits_lib
 
 NUMERICS = ('fast', 'invariant')
@@ -105,6 +105,13 @@ class EngineConfig:
     ' of a mixture: a group has some experts whole, and its devices share their'
     ' width. More groups make larger products, and all devices wait for the'
     ' group whose experts are asked most.',
+  )
+  prefill_engines: int = flag_field.field(
+    0,
+    'Further engines that only compute prompts, so that a long prompt delays no'
+    ' token of other answers. Each takes engine.tensor more devices, a copy of'
+    ' the weights, and its own pages. A prompt of more than chunk_tokens goes'
+    ' to one of them. 0: prompts are computed beside answers.',
   )
   tensor_parts: int = flag_field.field(
     0,
@@ -239,11 +246,12 @@ class EngineConfig:
           f'engine.draft_tokens: got {self.draft_tokens} without speculation,'
           ' expected none; add --engine.speculation=ngram'
         )
-    self._check_drafts()
+    config_checks.drafts(self)
     expect.at_least('engine.tensor', self.tensor, 1)
     expect.at_least('engine.experts', self.experts, 1)
     expect.one_of('engine.tensor_parts', self.tensor_parts, TENSOR_PARTS)
-    self._check_parts()
+    config_checks.parts(self)
+    config_checks.prefill(self)
     expect.at_least('engine.num_pages', self.num_pages, 0)
     expect.at_least('engine.max_length', self.max_length, 0)
     if self.kv_memory:
@@ -277,23 +285,10 @@ class EngineConfig:
       )
     self.limits(tile)  # Limits checks its own fields
 
-  def _check_drafts(self) -> None:
-    for kind, given in (
-      ('model', self.draft_model),
-      ('head', self.draft_head),
-    ):
-      if (self.speculation == kind) != bool(given):
-        raise ValueError(
-          f'engine.draft_{kind}: got {given or "none"} with speculation ='
-          f' {self.speculation}, expected a directory with speculation = {kind}'
-          ' and none otherwise; give both, or leave both out'
-        )
-    if self.speculation in ('model', 'head') and self.num_parts > 1:
-      raise ValueError(
-        f'engine.speculation: got {self.speculation} over several devices,'
-        ' expected one device; use ngram, or engine.tensor = 1 without'
-        ' tensor_parts'
-      )
+  @property
+  def num_devices(self) -> int:
+    """The devices that the engine takes."""
+    return self.tensor * (1 + self.prefill_engines)
 
   @property
   def num_parts(self) -> int:
@@ -301,28 +296,6 @@ class EngineConfig:
     if self.numerics == 'invariant' and self.tensor > 1:
       return self.tensor_parts or TENSOR_PARTS[-1]
     return self.tensor_parts or self.tensor
-
-  def _check_parts(self) -> None:
-    if self.tensor_parts and self.numerics != 'invariant':
-      raise ValueError(
-        f'engine.tensor_parts: got {self.tensor_parts} with numerics ='
-        f' {self.numerics}, expected 0; add --engine.numerics=invariant'
-      )
-    if self.num_parts % self.tensor:
-      raise ValueError(
-        f'engine.tensor: got {self.tensor} with invariant numerics, expected a'
-        f' divisor of the {self.num_parts} parts of the model; change it or'
-        ' engine.tensor_parts'
-      )
-
-    if self.num_parts % self.experts or (
-      self.experts % self.tensor and self.tensor % self.experts
-    ):
-      of = 'parts of the model' if self.tensor_parts else 'devices'
-      raise ValueError(
-        f'engine.experts: got {self.experts}, expected a divisor of the'
-        f' {self.num_parts} {of} (engine.tensor); change one of them'
-      )
 
   @property
   def expert_groups(self) -> int:

@@ -27,6 +27,8 @@ class Sequence:
   submitted: int  # number of the step
   in_chunks: bool = False  # whether the last prompt token takes a chunk, too
   awaits_parent: bool = False
+  awaits_pages: bool = False  # of another engine, which computes the prompt
+  num_adopted: int = 0  # prompt tokens that it computed for this sequence
   children: list['Sequence'] = dataclasses.field(default_factory=list)
   slot: int | None = None
   pages: tuple[int, ...] = ()  # the pages of its computed tokens
@@ -53,6 +55,11 @@ class Sequence:
     return self.num_known - self.num_computed
 
   @property
+  def num_found(self) -> int:
+    """Computed tokens that were not computed for this sequence."""
+    return max(self.num_computed - self.num_adopted, 0)
+
+  @property
   def num_unsampled(self) -> int:
     """Tokens that may still be sampled, without the tokens in flight."""
     return self.max_known - self.num_known
@@ -68,11 +75,13 @@ class Sequence:
 
     A running sequence may have a token in flight, since the device has it. A
     waiting sequence may not: its token is lost with the slot. It also waits
-    while its parent computes the prompt.
+    while its parent or another engine computes the prompt.
     """
     if self.num_known >= self.max_known:
       return False
-    return self.is_running or not (self.num_in_flight or self.awaits_parent)
+    return self.is_running or not (
+      self.num_in_flight or self.awaits_parent or self.awaits_pages
+    )
 
 
 class PageTables:
@@ -112,6 +121,28 @@ class PageTables:
     sequence.pages = sequence.hit
     self.allocator.share(sequence.pages)
     sequence.num_computed = len(sequence.pages) * self.page_size
+
+  def adopt(self, sequence: Sequence, num_tokens: int) -> list[int | None]:
+    """Caches pages of a waiting sequence that another engine has computed.
+
+    As many as there is room for, from the first one on; no running sequence
+    loses a page.
+
+    Returns:
+      The page of each; None if it was cached already, or does not fit.
+    """
+    tokens = sequence.tokens[:num_tokens]
+    found = self.cache.lookup(sequence.scope, tokens)
+    self.allocator.share(found)
+    num_new = min(
+      len(tokens) // self.page_size - len(found),
+      self.allocator.num_free + self.allocator.num_idle,
+    )
+    new = self._allocate(num_new)
+    num_held = (len(found) + num_new) * self.page_size
+    self.cache.insert(sequence.scope, tokens[:num_held], [*found, *new])
+    self.allocator.release([*found, *new])
+    return [*[None] * len(found), *new]
 
   def copied(self, sequence: Sequence) -> int | None:
     """Returns the page to copy before the sequence writes; None: no page.

@@ -1,12 +1,24 @@
 """Sequences that a SequenceManager does not take."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 
 from inference.scheduling import limits as limits_lib, page_tables
 
 
 class Refused(ValueError):
   """The sequence could never run, or contradicts its parent."""
+
+
+def check_new(id: Hashable, taken: Container[Hashable]) -> None:
+  """Refuses an id that another sequence has.
+
+  Raises:
+    Refused: the id is taken.
+  """
+  if id in taken:
+    raise Refused(
+      f'sequence {id!r}: got an id that is taken; expected a new one'
+    )
 
 
 def check_parent(

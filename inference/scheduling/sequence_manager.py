@@ -76,6 +76,7 @@ class SequenceManager:
     scope: Hashable = None,
     reads_prefix_cache: bool = True,
     in_chunks: bool = False,
+    awaits_pages: bool = False,
     parent: page_tables.Sequence | None = None,
   ) -> page_tables.Sequence:
     """Adds a waiting sequence, and returns it.
@@ -94,6 +95,7 @@ class SequenceManager:
         pages of this one.
       in_chunks: True if hidden states of the prompt are wanted, which steps of
         decodes do not return.
+      awaits_pages: whether it waits until `adopt`.
       parent: a sequence of the same prompt. The new sequence waits until the
         parent has computed the prompt, and shares its pages. If the parent ends
         or is preempted before that, the new sequence computes the prompt.
@@ -102,7 +104,14 @@ class SequenceManager:
       Refused: the sequence could never run, or differs from its parent.
     """
     prompt = list(prompt)
-    self._check_new(id, len(prompt), max_new_tokens)
+    refusals.check_new(id, self._sequences)
+    refusals.check_fits(
+      id,
+      len(prompt),
+      max_new_tokens,
+      limits=self.limits,
+      num_usable=self.tables.allocator.num_usable,
+    )
     if parent and self._sequences.get(parent.id) is not parent:
       parent = None  # it has ended
     refusals.check_parent(id, prompt, scope, parent)
@@ -120,6 +129,7 @@ class SequenceManager:
       scope=scope,
       reads_prefix_cache=reads_prefix_cache,
       in_chunks=in_chunks,
+      awaits_pages=awaits_pages,
       arrival=self._num_submitted,
       submitted=self.num_steps,
     )
@@ -131,6 +141,19 @@ class SequenceManager:
       if parent.num_computed >= parent.num_prompt:
         self._fork(parent)
     return sequence
+
+  def adopt(
+    self, id: Hashable, num_tokens: int, *, num_computed: int
+  ) -> tuple[page_tables.Sequence, list[int | None]]:
+    """Caches `num_tokens` of a prompt that another engine computed.
+
+    The sequence waits no more. `num_computed` of the tokens were computed for
+    it. Returns it, and the pages to write, see `PageTables.adopt`.
+    """
+    sequence = self._sequences[id]
+    sequence.awaits_pages, sequence.num_adopted = False, num_computed
+    self._planned = None
+    return sequence, self.tables.adopt(sequence, num_tokens)
 
   def plan(self) -> scheduler.StepPlan:
     """Plans the next step; planning twice gives the same plan."""
@@ -404,11 +427,11 @@ class SequenceManager:
       self.tables.take_hit(sequence)
       if sequence.seniority is None and sequence.reads_prefix_cache:
         self.tables.cache.record(
-          num_looked_up=len(sequence.tokens), num_found=sequence.num_computed
+          num_looked_up=len(sequence.tokens), num_found=sequence.num_found
         )
     if sequence.seniority is None:
       sequence.seniority = self._num_seated
-      sequence.num_cached = sequence.num_computed
+      sequence.num_cached = sequence.num_found
       self._num_seated += 1
     sequence.num_charged = max(sequence.num_charged, sequence.num_computed)
     sequence.slot = heapq.heappop(self._free_slots)
@@ -474,17 +497,3 @@ class SequenceManager:
     if unused > 0:
       sequence.num_charged -= unused
       self.served[sequence.principal] -= unused / sequence.weight
-
-  def _check_new(self, id: Hashable, num_prompt: int, max_new_tokens: int):
-    """Refuses a sequence that could not run even alone."""
-    if id in self._sequences:
-      raise Refused(
-        f'sequence {id!r}: got an id that is taken; expected a new one'
-      )
-    refusals.check_fits(
-      id,
-      num_prompt,
-      max_new_tokens,
-      limits=self.limits,
-      num_usable=self.tables.allocator.num_usable,
-    )

@@ -218,7 +218,7 @@ def _fleet(options: Options) -> fleet_lib.Fleet:
   """
   fleet = fleet_lib.Fleet(
     options.num_replicas,
-    num_devices=options.engine.tensor,
+    num_devices=options.engine.num_devices,
     environment=os.environ,
     compilation_cache=_cache(options),
     audit_threshold=options.limits.audit_threshold,

@@ -136,7 +136,7 @@ def plan(
   # Devices of a CPU are all in the memory of the host.
   num_here = 1
   if device.platform == 'cpu':
-    num_here = jax.local_device_count() if devices else config.tensor
+    num_here = jax.local_device_count() if devices else config.num_devices
   return Plan(
     weights=num_here * weights,
     kv_cache=num_here * math.ceil(num_pages * page_bytes),

@@ -1,0 +1,254 @@
+"""Prompts computed on devices of their own: the bits of one engine."""
+
+import dataclasses
+import gc
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from inference.engine import engine as engine_lib, engine_config
+from inference.engine.apart import prefiller
+from inference.requests import requests
+from inference.sampling import settings as settings_lib
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.serving import reference_engine
+
+_LAYOUT = engine_config.EngineConfig(
+  max_sequences=4,
+  decode_shapes=(4,),
+  page_size=16,
+  num_pages=64,
+  chunk_tokens=16,
+  max_chunks=1,
+  max_mixed_chunks=1,
+  stream_seconds=0,
+  numerics='invariant',
+)
+
+
+def _request(length, *, seed=0, **settings):
+  rng = np.random.default_rng(length)
+  settings = {'max_tokens': 10, 'ignore_eos': True, **settings}
+  return requests.Request(
+    prompt_ids=tuple(rng.integers(0, 256, length).tolist()),
+    settings=settings_lib.Settings(logprobs=2, seed=seed, **settings),
+  )
+
+
+_LONG = _request(100, temperature=0.0)
+_REQUESTS = (
+  _request(3, temperature=0.0),
+  _LONG,
+  _request(50, temperature=0.9, n=2),
+  _request(70, temperature=1.2, top_k=50, prompt_logprobs=2),
+  _request(90, temperature=1.0, repetition_penalty=1.3),
+  _request(97, temperature=0.0, max_tokens=25),
+)
+
+
+def _engine(**fields):
+  config = frozen_dirs.config(max_length=128)
+  return engine_lib.Engine(
+    config,
+    frozen_dirs.params(config),
+    tokenizer=tiny_models.byte_tokenizer(),
+    weights_digest='d',
+    config=dataclasses.replace(_LAYOUT, **fields),
+  )
+
+
+@pytest.fixture(scope='module')
+def apart():
+  """Returns an engine whose long prompts are computed by another."""
+  engine = _engine(prefill_engines=1)
+  yield engine
+  engine.release()
+
+
+@pytest.fixture(scope='module')
+def expected():
+  """Returns the answers of one engine to `_REQUESTS`."""
+  return _answers(_engine(), _REQUESTS)
+
+
+def _answers(engine, wanted):
+  served = reference_engine.serve(engine, list(wanted))
+  engine.manager.check()
+  return served.completions
+
+
+def _texts(found):
+  return [
+    [(each.token_ids, each.logprobs, each.prompt_logprobs) for each in some]
+    for some in found
+  ]
+
+
+def _used(found):
+  return [
+    (each.usage.prompt_tokens, each.usage.cached_tokens, each.usage.flops)
+    for some in found
+    for each in some
+  ]
+
+
+def _sent(engine, monkeypatch):
+  """Returns the list of the prompts that the other engine gets."""
+  (other,) = engine._prefillers._prefillers
+  lengths, submit = [], other.submit
+
+  def noted(key, request):
+    lengths.append(len(request.prompt_ids))
+    submit(key, request)
+
+  monkeypatch.setattr(other, 'submit', noted)
+  return lengths
+
+
+@pytest.mark.slow
+def test_answers_have_the_bits_of_one_engine(apart, expected, monkeypatch):
+  lengths = _sent(apart, monkeypatch)
+  found = _answers(apart, _REQUESTS)
+  assert _texts(found) == _texts(expected)
+  # Whole pages without the last token; not those with logprobs of the prompt.
+  assert sorted(lengths) == [48, 80, 96, 96]
+  (pool, *_) = jax.tree.leaves(apart.kv_cache)
+  (others, *_) = jax.tree.leaves(
+    apart._prefillers._prefillers[0].engine.kv_cache
+  )
+  assert pool.devices().isdisjoint(others.devices())
+  for (prompt, cached, flops), (of_one, of_one_cached, least) in zip(
+    _used(found), _used(expected), strict=True
+  ):
+    assert (prompt, cached) == (of_one, of_one_cached)
+    # The token that the other engine samples and nobody reads.
+    assert least <= flops < 1.02 * least
+  # Once more: prefixes are found where the answers are, and nothing is sent.
+  lengths.clear()
+  assert _texts(_answers(apart, _REQUESTS[:3])) == _texts(expected[:3])
+  assert not lengths
+
+
+@pytest.mark.slow
+def test_two_engines_that_share_models_over_devices(expected):
+  engine = _engine(prefill_engines=2, tensor=2, tensor_parts=2)
+  one = _engine(tensor_parts=2)
+  try:
+    found = _answers(engine, _REQUESTS)
+    assert _texts(found) == _texts(_answers(one, _REQUESTS))
+  finally:
+    engine.release()
+
+
+@pytest.mark.slow
+def test_pages_that_find_no_room_are_computed_again(expected):
+  # 8 pages: a prompt of 100 tokens and its answer take 7 of them.
+  engine = _engine(prefill_engines=1, num_pages=9)
+  try:
+    assert _texts(_answers(engine, _REQUESTS)) == _texts(expected)
+  finally:
+    engine.release()
+
+
+class _Held:
+  """Holds the thread of the other engine before its next step."""
+
+  def __init__(self, engine, monkeypatch):
+    (self.other,) = engine._prefillers._prefillers
+    self.go_on, self.is_held = threading.Event(), threading.Event()
+    step = self.other.engine.step
+
+    def held():
+      self.is_held.set()
+      assert self.go_on.wait(60)
+      return step()
+
+    monkeypatch.setattr(self.other.engine, 'step', held)
+
+
+@pytest.mark.slow
+def test_answers_go_on_while_a_prompt_is_computed(apart, monkeypatch):
+  apart.manager.clear()
+  held = _Held(apart, monkeypatch)
+  long = apart.submit(_LONG)
+  assert held.is_held.wait(60)
+  short = apart.submit(_REQUESTS[0])
+  done = []
+  while not done:
+    done = [u for u in apart.step() if u.completion]
+  assert [update.request_id for update in done] == [short]
+  held.go_on.set()
+  updates = list(apart.run())
+  assert {update.request_id for update in updates} == {long}
+  apart.manager.check()
+
+
+@pytest.mark.slow
+def test_a_request_that_is_cancelled_meanwhile_leaves_nothing(
+  apart, expected, monkeypatch
+):
+  apart.manager.clear()
+  held = _Held(apart, monkeypatch)
+  cancelled = apart.submit(_LONG)
+  assert held.is_held.wait(60)
+  (update,) = apart.cancel(cancelled)
+  assert update.completion.finish_reason == 'cancelled'
+  assert not apart.has_work
+  held.go_on.set()
+  apart.manager.check()
+  assert not apart.manager.tables.allocator.num_used
+  assert _texts(_answers(apart, [_LONG])) == _texts(expected[1:2])
+
+
+@pytest.mark.slow
+def test_an_engine_ends_with_the_one_that_computes_its_prompts(monkeypatch):
+  engine = _engine(prefill_engines=1)
+  (other,) = engine._prefillers._prefillers
+
+  def fail():
+    raise FloatingPointError('a device is lost')
+
+  monkeypatch.setattr(other.engine, 'step', fail)
+  engine.submit(_LONG)
+  with pytest.raises(prefiller.Failed, match='prefill engine') as raised:
+    list(engine.run())
+  assert 'a device is lost' in str(raised.value.__cause__)
+  # Nothing else refers to the thread of an engine that is gone.
+  thread = other._thread
+  del engine, raised
+  gc.collect()
+  thread.join(60)
+  assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+  ('fields', 'text'),
+  [
+    ({'prefix_cache': False}, r'prefix_cache: got False .* expected True'),
+    ({'page_size': 0}, 'page_size: got 0 .* expected pages of a number'),
+    (
+      {'speculation': 'head', 'draft_head': 'd'},
+      'speculation: got head .* expected off or ngram',
+    ),
+    ({'max_adapters': 1}, 'max_adapters: got 1 .* expected 0'),
+    ({'prefill_engines': -1}, 'prefill_engines: got -1, expected at least 0'),
+  ],
+)
+def test_fields_that_do_not_fit_are_refused(fields, text):
+  with pytest.raises(ValueError, match=f'engine.{text}'):
+    dataclasses.replace(_LAYOUT, **{'prefill_engines': 1, **fields})
+
+
+@pytest.mark.slow
+def test_more_engines_than_devices_and_new_weights_are_refused(apart):
+  num = jax.local_device_count()
+  with pytest.raises(
+    ValueError,
+    match=f'prefill_engines: got {num} .* takes {num + 1} devices, expected at'
+    f' most {num}',
+  ):
+    _engine(prefill_engines=num)
+  with pytest.raises(ValueError, match=r'set engine\.prefill_engines = 0'):
+    apart.set_params(apart.params, 'e')
