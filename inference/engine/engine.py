@@ -112,8 +112,7 @@ class Engine:
     self._leader = leader
     if leader:
       config_checks.over_processes(config)
-      leader.check_devices(config.tensor)
-      devices = leader.devices
+      devices = leader.devices_of(config.tensor)
     vocab_size = tokenizer.vocab_size
     self.placement = placement_lib.make(
       config, self.model_config, params, devices, vocab_size=vocab_size

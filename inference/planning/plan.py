@@ -17,6 +17,7 @@ sends the sums that `parallel.tensor.ports` lists. The devices of a target that
 are left over hold replicas.
 """
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -152,9 +153,9 @@ class Plan:
     )
     return 2 * config.num_layers + with_shared + 1
 
-  def sent_bytes(self, num_sequences: int) -> float:
-    """Returns the bytes that a device sends in a decode step, see `hlo`."""
-    payload = num_sequences * self.config.model_width * self.itemsize
+  def sent_bytes(self, num_tokens: int) -> float:
+    """Returns the bytes that a device sends in a step of so many tokens."""
+    payload = num_tokens * self.config.model_width * self.itemsize
     share = 2 * (self.tensor - 1) / self.tensor  # of a sum over a ring
     return self.sums_per_step * payload * share
 
@@ -174,12 +175,22 @@ class Plan:
       each.payload_bytes <= most for each in self.compiled.traffic.collectives
     )
 
-  def step_seconds(self, num_sequences: int, context: float) -> float:
-    """Returns the least time of a decode step, in seconds."""
-    products = num_sequences * flops.forward_flops_per_token(self.part, context)
-    sent, links = self.sent_bytes(num_sequences), self.peaks.link_bytes_per_s
+  def step_seconds(
+    self, num_sequences: int, context: float, prompt_tokens: int = 0
+  ) -> float:
+    """Returns the least time of a decode step, in seconds.
+
+    Args:
+      num_sequences: that decode.
+      context: tokens in the cache of each.
+      prompt_tokens: of one prompt in the middle, computed in the same step.
+    """
+    num_tokens = num_sequences + prompt_tokens
+    products = num_tokens * flops.forward_flops_per_token(self.part, context)
+    sent, links = self.sent_bytes(num_tokens), self.peaks.link_bytes_per_s
+    num_read = num_sequences + (prompt_tokens > 0)
     return max(
-      self.step_bytes(num_sequences, context) / self.peaks.bytes_per_s,
+      self.step_bytes(num_read, context) / self.peaks.bytes_per_s,
       products / self.peaks.flops_per_s[self.dtype],
       sent / links if links else 0.0,
     )
@@ -187,6 +198,32 @@ class Plan:
   def tokens_per_s(self, num_sequences: int, context: float) -> float:
     """Returns the upper bound of a replica, of all sequences together."""
     return num_sequences / self.step_seconds(num_sequences, context)
+
+  def least_prompts(
+    self, num_sequences: int, context: float, longer: float
+  ) -> int:
+    """Returns the prompt tokens that make a decode step `longer` times as long.
+
+    Fewer are computed in the time in which weights and cache are read.
+    """
+    limit = longer * self.step_seconds(num_sequences, context)
+
+    def is_longer(tokens: int) -> bool:
+      return self.step_seconds(num_sequences, context, tokens) >= limit
+
+    high = 1
+    while not is_longer(high):
+      high *= 2
+    return bisect.bisect_left(range(high + 1), True, key=is_longer)
+
+  def prompt_tokens_per_s(self, length: int) -> float:
+    """Returns the upper bound of a replica that computes prompts alone.
+
+    Args:
+      length: tokens of a prompt; half of them are its mean context.
+    """
+    seconds = self.step_seconds(0, length / 2, prompt_tokens=length)
+    return length / seconds
 
   @property
   def rate(self) -> float:

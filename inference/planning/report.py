@@ -7,6 +7,8 @@ from hardware import compile_ahead
 from inference.planning import plan as plan_lib
 
 _Lines = Iterator[tuple[str, str]]
+_APART_SEQUENCES = 64  # answers of a step, beside which prompts are considered
+_LONGER = 1.1  # times as long is a delay worth devices of its own
 
 
 def report(plan: plan_lib.Plan) -> str:
@@ -16,6 +18,7 @@ def report(plan: plan_lib.Plan) -> str:
     *_degree_lines(plan),
     *_device_lines(plan),
     *_speed_lines(plan),
+    *_apart_lines(plan),
     *_compiled_lines(plan),
   ]
   return '\n'.join(f'{name:<16} {text}'.rstrip() for name, text in lines)
@@ -124,6 +127,33 @@ def _speed_lines(plan: plan_lib.Plan) -> _Lines:
     bound = plan.compute_bound_batch(tokens)
     text = 'never' if bound is None else f'from {bound:,} sequences on'
     yield '', f'compute-bound {text}, at {told}'
+
+
+def _apart_lines(plan: plan_lib.Plan) -> _Lines:
+  """Yields when prompts are better computed on devices of their own."""
+  length = plan.config.max_length
+  batch = min(plan.num_sequences(length), _APART_SEQUENCES)
+  if plan.num_replicas < 2 or not batch:
+    return
+  context = length / 2
+  seconds = plan.step_seconds(batch, context)
+  beside = plan.least_prompts(batch, context, _LONGER) / batch
+  computed = plan.prompt_tokens_per_s(length)
+  answers = plan.tokens_per_s(batch, context)
+  yield (
+    'prefill apart',
+    f'a step of {batch} answers takes {1e3 * seconds:.3g} ms at best; beside'
+    f' {beside:.3g} prompt tokens for each of them it takes {_LONGER} times as'
+    ' long',
+  )
+  yield (
+    '',
+    'with more prompt tokens, --engine.prefill_engines=1 keeps that time: it'
+    f' computes {computed:,.4g} prompt tokens/s, there those of'
+    f' {computed / answers / beside:.2g} engines with answers, and sends'
+    f' {compile_ahead.size(plan.tensor * plan.kv_bytes_per_token)} of pages per'
+    ' token',
+  )
 
 
 def _compiled_lines(plan: plan_lib.Plan) -> _Lines:

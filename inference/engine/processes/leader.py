@@ -23,7 +23,7 @@ vanishes, send no heartbeat. Either ends process 0: programs in flight would
 wait for the lost devices for ever.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import hmac
@@ -97,8 +97,8 @@ class Leader:
     for each in self._watching:
       each.start()
 
-  def check_devices(self, num_devices: int) -> None:
-    """Refuses an engine that does not use all devices.
+  def devices_of(self, num_devices: int) -> Sequence[jax.Device]:
+    """Returns the devices of an engine, which uses those of all processes.
 
     Raises:
       ValueError: it has another number of devices. A process without a device
@@ -109,6 +109,7 @@ class Leader:
         f'engine.tensor: got {num_devices}, expected {len(self.devices)}, the'
         ' number of devices of all processes; change it, or the processes'
       )
+    return self.devices
 
   def tell(self, verb: str, *values: Any) -> None:
     """Sends a call to all other processes.

@@ -104,7 +104,7 @@ def test_another_principals_prompt_is_as_much_work_as_a_new_one(engine):
 
 def test_sharing_between_principals_is_for_who_opts_in(engine, monkeypatch):
   shared = dataclasses.replace(engine.config, share_prefixes=True)
-  monkeypatch.setattr(engine, 'config', shared)
+  monkeypatch.setattr(engine._entrance, '_config', shared)
   _serve(engine, _request(principal='a'))
   (hit,) = _serve(engine, _request(principal='b'))
   assert hit.usage.cached_tokens == 48
@@ -112,7 +112,7 @@ def test_sharing_between_principals_is_for_who_opts_in(engine, monkeypatch):
 
 def test_a_cache_that_is_off_is_not_read(engine, monkeypatch):
   without = dataclasses.replace(engine.config, prefix_cache=False)
-  monkeypatch.setattr(engine, 'config', without)
+  monkeypatch.setattr(engine._entrance, '_config', without)
   for _ in range(2):
     (completion,) = _serve(engine, _request())
     assert completion.usage.cached_tokens == 0

@@ -115,6 +115,25 @@ def test_compute_binds_from_the_batch_that_the_plan_says(context):
   assert not is_bound(batch - 1)
 
 
+def test_prompts_beside_answers_are_free_up_to_a_number_of_tokens():
+  plan = _plan(_large())
+  least = plan.least_prompts(8, 64, 1.5)
+  alone = plan.step_seconds(8, 64)
+  assert plan.step_seconds(8, 64, 1) < 1.1 * alone
+  assert plan.step_seconds(8, 64, least - 1) < 1.5 * alone
+  assert plan.step_seconds(8, 64, least) >= 1.5 * alone
+  per_token = flops.forward_flops_per_token(plan.config, 512) / 197e12
+  assert plan.prompt_tokens_per_s(1024) == pytest.approx(1 / per_token)
+
+
+def test_engines_for_prompts_are_told_where_there_is_room_for_one():
+  plan = _plan(_large())
+  assert 'prefill apart' not in report.report(plan)
+  text = report.report(dataclasses.replace(plan, num_devices=2))
+  assert 'prefill apart    a step of ' in text
+  assert '--engine.prefill_engines=1 keeps that time' in text
+
+
 def test_long_caches_are_never_compute_bound():
   plan = _plan(_large())
   assert plan.compute_bound_batch(context=100_000) is None

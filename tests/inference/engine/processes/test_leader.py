@@ -136,8 +136,8 @@ def test_a_process_that_never_connects_is_named(world, monkeypatch):
 def test_an_engine_that_leaves_devices_out_is_refused(world):
   """A process without a device of the mesh could not take part."""
   with world.leader() as (leader, _):
-    leader.check_devices(8)
+    leader.devices_of(8)
     with pytest.raises(
       ValueError, match='engine.tensor: got 1, expected 8, the number of dev'
     ):
-      leader.check_devices(1)
+      leader.devices_of(1)
