@@ -403,7 +403,11 @@ class Engine:
     self._answers.charge_memory(start)
     if self._prefillers:
       self._state = self._prefillers.landed(
-        self.manager, self._live, self._state, is_idle=self._flight is None
+        self.manager,
+        self._live,
+        self._state,
+        self.metrics,
+        is_idle=self._flight is None,
       )
     updates: list[requests_lib.Update] = []
     waited, landed = -self._speculator.waited, self._flight

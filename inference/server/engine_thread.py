@@ -266,7 +266,7 @@ class EngineThread:
       seconds = time.perf_counter() - self._started_at
       _LOG.info('ready after %.1f s; %s', seconds, self.generator.memory_text())
       if products := self.generator.products_text():
-        _LOG.info('products with kernels in fewer bits: %s', products)
+        _LOG.info('products: %s', products)
       self._compiler.start()
       try:
         self._call(self._on_ready)

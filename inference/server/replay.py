@@ -239,7 +239,7 @@ def _hints(receipt):
     yield f'{experts} groups of devices shared the experts'
   yield f'attention was {receipt.numerics["attention"]}'
   if products := receipt.numerics.get('products'):
-    yield f'products with kernels in fewer bits were {products}'
+    yield f'products were {products}'
   yield f'the device was {receipt.numerics["device"]}'
 
 

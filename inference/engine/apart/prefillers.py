@@ -8,7 +8,11 @@ import weakref
 
 import jax
 
-from inference.engine import device_state, engine_config
+from inference.engine import (
+  device_state,
+  engine_config,
+  metrics as metrics_lib,
+)
 from inference.engine.apart import pages as pages_lib, prefiller
 from inference.requests import answer as answer_lib, requests as requests_lib
 from inference.scheduling import page_tables, sequence_manager
@@ -111,6 +115,7 @@ class Prefillers:
     manager: sequence_manager.SequenceManager,
     lives: Mapping[page_tables.Sequence, answer_lib.Live],
     state: device_state.State,
+    counters: metrics_lib.Metrics,
     *,
     is_idle: bool,
   ) -> device_state.State:
@@ -120,6 +125,7 @@ class Prefillers:
       manager: gets the pages, and the sequences that waited for them.
       lives: of the engine.
       state: of the engine.
+      counters: of the engine; work for an answer counts wherever it is done.
       is_idle: whether no step is in flight. If no sequence has work either,
         this waits for pages.
 
@@ -145,8 +151,12 @@ class Prefillers:
       sequence, pages = manager.adopt(
         found.key, num_tokens, num_computed=num_tokens - _cached(found)
       )
-      lives[sequence].usage.flops += found.usage.flops
-      lives[sequence].usage.kv_byte_seconds += found.usage.kv_byte_seconds
+      usage = lives[sequence].usage
+      usage.prefill_tokens += found.usage.prefill_tokens
+      usage.flops += found.usage.flops
+      usage.kv_byte_seconds += found.usage.kv_byte_seconds
+      counters.prefill_tokens.inc(found.usage.prefill_tokens)
+      counters.flops.inc(found.usage.flops)
       state = state._replace(
         kv_cache=self._port.write(state.kv_cache, pages, found.contents)
       )
