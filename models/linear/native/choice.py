@@ -96,7 +96,12 @@ def _is_large(floats: list[Any]) -> bool:
 def _refusal(floats: list[Any], dtype: Any) -> str:
   """Returns why all weights are refused, '' if one is accepted."""
   refusals = [few_rows.refusal(leaf.dtype, dtype) for leaf in floats]
-  return '' if '' in refusals else (refusals or ['there is no matrix'])[0]
+  if not refusals:
+    return (
+      'no kernel is in fewer bits, and floats are multiplied natively on one'
+      ' device in fast numerics alone'
+    )
+  return '' if '' in refusals else refusals[0]
 
 
 def _of_stored(kernels: list[Any], refusals: list[str]) -> Choice:

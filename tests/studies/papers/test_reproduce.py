@@ -98,7 +98,9 @@ def test_budgets_choose_claims():
   assert 'voting' in few
   assert 'muon_ahead' not in few
   on_gpu = registry.chosen(['all'], 'gpu-1h')
-  assert [claim.name for claim in on_gpu] == ['knowledge_capacity_large']
+  assert [claim.name for claim in on_gpu] == [
+    'isoflop_bytes_large', 'knowledge_capacity_large',
+  ]  # fmt: skip
   assert registry.chosen(['all'], 'gpu-1m') == ()
   assert len(registry.chosen(['all'], '')) == len(registry.all_claims())
 

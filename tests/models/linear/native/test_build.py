@@ -142,7 +142,7 @@ def test_floats_are_native_where_a_cache_does_not_hold_them():
   for text, given in (
     ('for CPUs, not for gpu', (small, jnp.float32, 'gpu')),
     ('got weights of float32', (small, jnp.bfloat16, 'cpu')),
-    ('there is no matrix', ({}, jnp.float32, 'cpu')),
+    ('no kernel is in fewer bits, and floats', ({}, jnp.float32, 'cpu')),
   ):
     with pytest.raises(ValueError, match=f"native: got 'on', but .*{text}"):
       choice.choose('on', *given)
