@@ -63,6 +63,7 @@ def test_a_server_that_ends_is_an_error_with_its_last_lines(tmp_path):
     wrong.wait(120, may_be_open=True)
 
 
+@pytest.mark.filterwarnings('ignore')  # of Ray's own libraries
 def test_an_application_has_the_replicas_that_are_asked_for():
   pytest.importorskip('ray', reason='pip install -r requirements-ray.txt')
   from inference.server.ray_serve import application
