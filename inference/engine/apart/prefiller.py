@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import jax
 
+from inference.engine import device_state
 from inference.engine.apart import pages as pages_lib
 from inference.requests import requests as requests_lib
 from inference.sampling import settings as settings_lib
@@ -36,8 +37,10 @@ class Failed(RuntimeError):
 class Engine(Protocol):
   """The engine of a prefiller, see `inference.engine.engine.Engine`."""
 
-  has_work: bool
-
+  @property
+  def has_work(self) -> bool: ...
+  @property
+  def kv_cache(self) -> device_state.KVCache: ...
   def submit(self, request: requests_lib.Request) -> int: ...
   def step(self) -> list[requests_lib.Update]: ...
   def cancel(self, request_id: int) -> list[requests_lib.Update]: ...
@@ -61,7 +64,7 @@ class Prefiller:
 
   def __init__(
     self,
-    engine: Any,
+    engine: Engine,
     read: pages_lib.Port,
     shardings: Any,
     on_result: Callable[[Computed | BaseException], None],
@@ -121,12 +124,25 @@ class Prefiller:
       if key is None:
         return False
       if request is not None:
-        self._asked[self.engine.submit(request)] = key, request
+        self._begin(key, request)
         continue
       for request_id, (other, _) in list(self._asked.items()):
         if other == key:
           self.engine.cancel(request_id)
           del self._asked[request_id]
+
+  def _begin(self, key: Hashable, request: requests_lib.Request) -> None:
+    try:
+      request_id = self.engine.submit(request)
+    except (ValueError, requests_lib.Overloaded) as error:
+      # The engine that answers has accepted it, and computes it itself.
+      _LOG.warning('a prompt was not computed apart: %s', error)
+      nothing = requests_lib.Usage()
+      self._on_result(
+        Computed(key=key, num_pages=0, contents=[], usage=nothing)
+      )
+      return
+    self._asked[request_id] = key, request
 
   def _computed(self, update: requests_lib.Update) -> Computed:
     """Returns the pages of a prompt that is done; none if it failed."""

@@ -208,6 +208,20 @@ def test_a_request_that_is_cancelled_meanwhile_leaves_nothing(
 
 
 @pytest.mark.slow
+def test_a_prompt_that_is_refused_elsewhere_is_computed_where_its_answer_is(
+  apart, expected, monkeypatch
+):
+  apart.manager.clear()
+
+  def refuse(request):
+    raise ValueError('no room')
+
+  (other,) = apart._prefillers._prefillers
+  monkeypatch.setattr(other.engine, 'submit', refuse)
+  assert _texts(_answers(apart, [_LONG])) == _texts(expected[1:2])
+
+
+@pytest.mark.slow
 def test_an_engine_ends_with_the_one_that_computes_its_prompts(monkeypatch):
   engine = _engine(prefill_engines=1)
   (other,) = engine._prefillers._prefillers
