@@ -6,7 +6,7 @@ arXiv:2404.05405 and arXiv:2309.14316). Each value and each part of a name is
 one id of a small vocabulary of its own:
 
     a text       n1 n2 n3, then for each attribute   phrase value
-    a question   ? attribute n1 n2 n3 value
+    a question   n1 n2 n3 attribute value
 
 A phrase introduces an attribute. Each attribute has several phrases; a text
 takes one of them. Texts of a person may have the attributes in the same order,
@@ -56,9 +56,9 @@ class Vocabulary:
   @property
   def question_length(self) -> int:
     """Returns the ids of a question with its answer."""
-    return len(self.names) + 3
+    return len(self.names) + 2
 
-  # ? comes first, then a name for each attribute, phrases, names, values.
+  # 0 is never used; then come attributes, phrases, names, values.
 
   @property
   def first_phrase(self) -> int:
@@ -125,15 +125,15 @@ class People:
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns a question about an attribute of each chosen person.
 
+    The name, then an id of the attribute that no text has, then the answer.
+
     Returns:
       ids, int32 [B, T], and whether an id is the answer, bool [B, T].
     """
-    column_B1 = np.zeros((len(chosen_B), 1), int)
     ids_BT = np.concatenate(
       [
-        column_B1,
-        1 + attribute_B[:, None],
         self.names_NP[chosen_B],
+        1 + attribute_B[:, None],
         self.values_NA[chosen_B, attribute_B][:, None],
       ],
       axis=1,

@@ -177,7 +177,7 @@ def bits_known(
 
 
 _PHRASES, _ASKED_PEOPLE = 5, 1024
-_TEXT_EPOCHS, _QUESTION_STEPS = 300, 1500
+_TEXT_EPOCHS, _QUESTION_STEPS = 300, 1000
 
 
 def knowledge_extraction(
@@ -206,7 +206,7 @@ def _extracted(seed: int, setting: port.Setting, *, is_varied: bool) -> float:
   )
   recipe = small_models.Recipe(
     model=small_models.gpt(
-      64, vocabulary.num_ids, vocabulary.text_length, num_layers=3, num_heads=4
+      96, vocabulary.num_ids, vocabulary.text_length, num_layers=3, num_heads=4
     ),
     optimizer=dataclasses.replace(
       small_models.adam(2e-3, decay=0.05), schedule='linear', end_lr=0.0
@@ -237,7 +237,7 @@ def _extracted(seed: int, setting: port.Setting, *, is_varied: bool) -> float:
         optimizer=small_models.adam(1e-3),
         num_steps=_QUESTION_STEPS,
         look_every=_QUESTION_STEPS // 10,
-        adapter=adapter_config.AdapterConfig(rank=16, alpha=32.0),
+        adapter=adapter_config.AdapterConfig(rank=8, alpha=16.0),
       )
     )
     tuned = tuner.last(seed, draw_questions, texts)

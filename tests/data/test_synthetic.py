@@ -125,5 +125,6 @@ def test_questions_share_no_id_with_phrases_and_end_with_the_value():
     ids_BT[is_answer_BT], people.values_NA[chosen_B, attribute_B]
   )
   assert len({tuple(row) for row in ids_BT[:, :-1].tolist()}) == 3
-  assert ids_BT[:, :2].max() < WORDS.first_phrase
+  assert ids_BT[:, -2].max() < WORDS.first_phrase
+  assert ids_BT[:, :-2].min() >= WORDS.first_name
   assert WORDS.bits_per_person == pytest.approx(np.log2(60))
