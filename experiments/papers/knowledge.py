@@ -77,7 +77,7 @@ def _extraction() -> claims.Claim:
         'a model of 0.4 million parameters, where the paper has 124',
       ),
     ),
-    seconds={'cpu': 600},
+    seconds={'cpu': 900},
     seeds=3,
     note='1,024 people, five attributes of one id each. Questions about half of'
     ' the people are trained by adapters; the others are asked.',
