@@ -51,10 +51,7 @@ class Prefillers:
     self._asked: dict[Hashable, tuple[int, int]] = {}  # which one, its tokens
     self._prefillers = tuple(
       prefiller.Prefiller(
-        engine,
-        pages_lib.Port(engine.kv_cache),
-        port.shardings,
-        self._results.put,
+        engine, _reader(engine), port.shardings, self._results.put
       )
       for engine in engines
     )
@@ -178,6 +175,13 @@ def _cached(found: prefiller.Computed) -> int:
   return found.usage.cached_tokens if found.num_pages else 0
 
 
+def _reader(engine: prefiller.Engine) -> pages_lib.Port:
+  """Returns the port of an engine; no prompt waits for its compilation."""
+  port = pages_lib.Port(engine.kv_cache)
+  port.read(engine.kv_cache, [0])
+  return port
+
+
 def _close(prefillers: Sequence[prefiller.Prefiller]) -> None:
   for each in prefillers:
     each.close()
@@ -208,7 +212,7 @@ def start(
   if not config.prefill_engines:
     return state, None
   devices = jax.local_devices() if devices is None else devices
-  wanted = config.tensor * (1 + config.prefill_engines)
+  wanted = config.num_devices
   if len(devices) < wanted:
     raise ValueError(
       f'engine.prefill_engines: got {config.prefill_engines} with engine.tensor'

@@ -18,7 +18,7 @@ _OF_THE_LISTENER = frozenset({'date', 'server'})  # the one in front sets them
 
 
 class Forwarder:
-  """Forwards to one server. Its limits and time-outs are those that count."""
+  """Forwards requests to one server, which enforces limits and time-outs."""
 
   def __init__(self, url: Callable[[], str]):
     """Takes a function that returns the address of the server."""

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from models.linear import plain
 
 MOST_ROWS = 8
-# Weights in less memory than this stay in the processor's cache, from which
-# XLA's product is as quick.
+# Measured with weights that no processor's cache holds. Smaller ones may stay
+# in a cache: reading them again takes no time that could be saved.
 LEAST_BYTES = 64 << 20
 _DTYPES = 'float32', 'bfloat16'
 

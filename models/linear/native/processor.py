@@ -24,6 +24,6 @@ def has_bfloat16_tiles() -> bool:
 
   XLA:CPU has a fast product for kernels that lie transposed in memory on such
   processors alone. On others it takes up to 7 times as long as with kernels
-  that lie as they are (16 rows of 576 x 1536, an EPYC with AVX-512).
+  that lie as they are (1 to 16 rows, SmolLM2's shapes, EPYC with AVX-512).
   """
   return 'amx_bf16' in described().split()

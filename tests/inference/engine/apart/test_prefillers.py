@@ -8,7 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from inference.engine import engine as engine_lib, engine_config
+from inference.engine import (
+  config_checks,
+  engine as engine_lib,
+  engine_config,
+)
 from inference.engine.apart import prefiller
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
@@ -271,3 +275,11 @@ def test_more_engines_than_devices_and_new_weights_are_refused(apart):
     _engine(prefill_engines=num)
   with pytest.raises(ValueError, match=r'set engine\.prefill_engines = 0'):
     apart.set_params(apart.params, 'e')
+
+
+def test_each_engine_for_prompts_takes_as_many_devices_in_one_process():
+  config = dataclasses.replace(_LAYOUT, tensor=2, prefill_engines=2)
+  assert config.num_devices == 6
+  config_checks.over_processes(_LAYOUT)
+  with pytest.raises(ValueError, match='prefill_engines: got 2 over several'):
+    config_checks.over_processes(config)

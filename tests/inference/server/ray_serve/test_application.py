@@ -46,6 +46,8 @@ def test_a_server_is_ready_healthy_and_ended(tmp_path):
   ]
   with pytest.raises(child.Ended, match='insecure=true'):
     child.Child(flags, os.environ).wait(120, may_be_open=False)
+  with pytest.raises(child.Ended, match='got no readiness in 0 s'):
+    child.Child(flags, os.environ).wait(0, may_be_open=True)
   running = child.Child(flags, os.environ)
   running.wait(120, may_be_open=True)
   running.check()

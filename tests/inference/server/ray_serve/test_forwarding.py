@@ -1,5 +1,6 @@
 """Requests that are handed on to a server, and answers that come back."""
 
+import asyncio
 import contextlib
 import threading
 import time
@@ -121,6 +122,28 @@ def test_a_stream_is_not_kept_back():
     assert next(pieces) == b'first'
     may_end.set()
     assert b''.join(pieces) == b'last'
+
+
+def test_a_client_that_leaves_ends_the_request_at_the_server():
+  upstream, has_ended = fastapi.FastAPI(), threading.Event()
+
+  @upstream.get('/endless')
+  async def endless():
+    async def pieces():
+      try:
+        while True:
+          yield b'piece'
+          await asyncio.sleep(0.01)
+      finally:
+        has_ended.set()
+
+    return fastapi.responses.StreamingResponse(pieces())
+
+  with _running(upstream) as url, _running(_front(url)) as front:
+    with httpx2.stream('GET', f'{front}/endless', timeout=60) as answer:
+      assert next(answer.iter_raw())
+      assert not has_ended.is_set()
+    assert has_ended.wait(30)
 
 
 def test_headers_of_a_connection_are_not_handed_on():
