@@ -12,6 +12,7 @@ from inference.engine import adapter_table, engine as engine_lib
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models import layout, transformer
+from models.linear.native import processor
 from tests.helpers import frozen_dirs, tiny_models
 from tests.helpers.training import tiny_adapters
 from tests.inference import conftest as life_two
@@ -92,8 +93,9 @@ def test_invariant_numerics_have_its_bits():
 
 
 @pytest.mark.slow
-def test_it_reads_the_params_of_an_engine_as_they_lie():
-  """A bfloat16 engine on a CPU keeps the transposes of its kernels."""
+def test_it_reads_the_params_of_an_engine_as_they_lie(monkeypatch):
+  """On a CPU with AMX, a bfloat16 engine keeps transposes of its kernels."""
+  monkeypatch.setattr(processor, 'has_bfloat16_tiles', lambda: True)
   config = frozen_dirs.config(num_layers=1)
   params = frozen_dirs.params(config, dtype='bfloat16')
   engine = engine_lib.Engine(

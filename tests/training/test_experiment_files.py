@@ -21,7 +21,10 @@ NAMES = {
     ('experiments/nope.py', '; --config=list describes them'),
     ('experiment/quickstart.py', 'did you mean quickstart.py?'),
     ('quickstart', 'did you mean quickstart.py?'),
-    ('experiments/scaling/byte.py', 'of experiments/scaling, one of bytes.py;'),
+    (
+      'experiments/scaling/byte.py',
+      'of experiments/scaling, one of bytes.py, bytes_large.py;',
+    ),
     ('experiments', 'expected a file of experiments, one of distil.py'),
     ('', "--config: got '', expected a file of experiments, one of"),
     ('nope.py:8b', "--config: got 'nope.py', expected a file of"),

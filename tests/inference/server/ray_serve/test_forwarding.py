@@ -17,7 +17,9 @@ from tests.helpers.serving import servers
 @contextlib.contextmanager
 def _running(app):
   """Yields the address of an ASGI application on a free loopback port."""
-  config = uvicorn.Config(app, port=0, log_level='warning', loop='asyncio')
+  # Without `log_config`: else uvicorn's loggers stay as it sets them, and tests
+  # that read the log later in this process find nothing.
+  config = uvicorn.Config(app, port=0, log_config=None, loop='asyncio')
   server = uvicorn.Server(config)
   thread = threading.Thread(target=server.run)
   thread.start()
