@@ -7,14 +7,31 @@ saved.
 """
 
 from collections.abc import Callable, Mapping
+import contextlib
 import os
 import pathlib
+import sys
 import threading
 import time
 from typing import Any
 
-from tensorboardX import event_file_writer, summary as tensorboard_summary
-from tensorboardX.proto import event_pb2, summary_pb2
+
+@contextlib.contextmanager
+def _without_torch():
+  """Hides torch from imports, unless it was imported before."""
+  is_hidden = sys.modules.setdefault('torch', None) is None  # pyright: ignore[reportArgumentType]
+  try:
+    yield
+  finally:
+    if is_hidden:
+      del sys.modules['torch']
+
+
+# tensorboardX imports torch wherever it is installed, to know its tensors. That
+# takes 1.2 s, a third of all imports of a run.
+with _without_torch():
+  from tensorboardX import event_file_writer, summary as tensorboard_summary
+  from tensorboardX.proto import event_pb2, summary_pb2
 
 _SECONDS_BETWEEN_FLUSHES = 60.0
 # Any: type checkers see nothing of generated modules.

@@ -84,6 +84,22 @@ def test_a_full_disk_does_not_stop_tensorboard_or_the_run():
   assert done.stdout == 'done\n', done.stderr
 
 
+def test_torch_is_not_imported_for_tensorboard_and_can_be_later(tmp_path):
+  (tmp_path / 'torch.py').write_text("print('torch')\n")
+  program = (
+    "from training.reporting import journal\nprint('journal')\nimport torch\n"
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', program],
+    env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{tmp_path}'},
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
+  assert done.stdout == 'journal\ntorch\n', done.stderr
+
+
 def test_a_damaged_metrics_file_is_named(tmp_path):
   (tmp_path / file_names.METRICS).write_text(
     '{"kind": "train", "step": 1}\n{"kind": "tr\x00in", "step": 2}\n'
