@@ -100,8 +100,9 @@ test-gpu:  ## The tests that want an NVIDIA GPU
 bench-peer: $(PEER)  ## The same, and beside transformers on torch
 	@$(MAKE) --no-print-directory bench BENCH_ARGS='--peer $(BENCH_ARGS)'
 
-plan-table: $(PLAN)  ## Plan the presets ahead of time, into experiments/PLANS.md
+plan-table: $(PLAN)  ## Plan the presets ahead of time, into experiments/*PLANS.md
 	@$(PY) -m benchmarks.plan_table
+	@$(PY) -m benchmarks.serving_plan_table
 
 lifecycle: $(CORE)  ## Pretrain, fine-tune, prefer, reinforce, distil: one table
 	@$(PY) -m studies.lifecycle --workdir=$(dir $(WORKDIR))lifecycle

@@ -13,6 +13,7 @@ import sys
 
 from absl import app, flags
 
+from benchmarks.common import plan_rows
 from checks import expect, path_flags
 from hardware import compile_ahead, targets
 from training.planning import plan as plan_lib
@@ -115,25 +116,8 @@ def compiled_cells(made: plan_lib.Plan) -> list[str]:
   ]
 
 
-def read(text: str) -> dict[str, dict[str, str]]:
-  """Returns the rows of a written table, {preset: {column: cell}}."""
-  lines = [line for line in text.splitlines() if line.startswith('|')]
-  rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines]
-  if not rows:
-    return {}
-  header, _, *cells = rows
-  return {row[0]: dict(zip(header, row, strict=True)) for row in cells}
-
-
-def write(rows: dict[str, dict[str, str]]) -> str:
+def write(rows: plan_rows.Rows) -> str:
   """Returns the text of the file, with lines in the order of PRESETS."""
-  columns = [*ANALYTIC, *COMPILED]
-  lines = [columns, ['---'] * len(columns)]
-  lines += [
-    [rows[preset].get(column, '') for column in columns]
-    for preset in PRESETS
-    if preset in rows
-  ]
   prices = ' and '.join(
     f'{price:.2f} ({generation})'
     for generation, price in sorted(
@@ -141,8 +125,7 @@ def write(rows: dict[str, dict[str, str]]) -> str:
     )
   )
   header = _HEADER.format(mfu=plan_lib.DEFAULT_MFU, prices=prices)
-  table = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-  return f'{header}{table}\n'
+  return header + plan_rows.table((*ANALYTIC, *COMPILED), rows, list(PRESETS))
 
 
 def main(argv: list[str]) -> None:
@@ -160,7 +143,7 @@ def main(argv: list[str]) -> None:
     print(f'{plan_lib.report(made)}\n', flush=True)
     cells = [*analytic_cells(preset, made), *compiled_cells(made)]
     # Written after each preset, because the next one takes minutes.
-    rows = read(path.read_text(encoding='utf-8')) if path.exists() else {}
+    rows = plan_rows.read(path)
     rows[preset] = dict(zip((*ANALYTIC, *COMPILED), cells, strict=True))
     path.write_text(write(rows), encoding='utf-8')
 

@@ -96,8 +96,11 @@ def memory(
     found = draft_heads.read_manifest(directory)
     numbers = found.num_params + found.num_ids * found.model_width
     stored = device_state.hidden_dtype(manifest.dtype, backend.kv_dtype)
+    ports = draft_head.Ports.of(
+      backend.execution, manifest.dtype, draft_head.most_rows(config)
+    )
     return (
-      numbers * jnp.dtype(manifest.dtype).itemsize,
+      numbers * jnp.dtype(ports.dtype).itemsize,
       found.model_width * jnp.dtype(stored).itemsize,
     )
   if not config.draft_model:

@@ -28,6 +28,7 @@ merges give frequent tokens low ids, and the unembedding takes most of the time
 of a guess. A token beyond K is never guessed and costs a rejection.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,7 +68,11 @@ def init(width: int, inner_width: int, key: jax.Array) -> Any:
 
 
 def advanced(
-  head: Any, states: jax.Array, embeddings: jax.Array, dtype: Any
+  head: Any,
+  states: jax.Array,
+  embeddings: jax.Array,
+  dtype: Any,
+  linear: Callable[..., Any] = plain.linear,
 ) -> jax.Array:
   """Returns the states after one more token each, [..., D], in `dtype`.
 
@@ -76,10 +81,11 @@ def advanced(
     states: final hidden states of the model, or of the head, [..., D].
     embeddings: of the tokens that follow them, [..., D].
     dtype: of the products.
+    linear: multiplies by a matrix, as the port of `models.execution` does.
   """
 
   def product(name: str, x: jax.Array) -> jax.Array:
-    y: Any = plain.linear(x, head[name]['kernel'], None, dtype)
+    y: Any = linear(x, head[name]['kernel'], None, dtype)
     return y
 
   state, token = _normalised(states), _normalised(embeddings)
@@ -91,7 +97,11 @@ def advanced(
 
 
 def logits(
-  states: jax.Array, table_KD: jax.Array, softcap: float, dtype: Any
+  states: jax.Array,
+  table_KD: jax.Array,
+  softcap: float,
+  dtype: Any,
+  unembed: Callable[..., jax.Array] = plain.unembed,
 ) -> jax.Array:
   """Returns the logits of the first K ids, float32 [..., K].
 
@@ -100,8 +110,9 @@ def logits(
     table_KD: the first rows of the model's unembedding.
     softcap: `ModelConfig.logit_softcap`.
     dtype: of the product.
+    unembed: multiplies by the table, as the port of `models.execution` does.
   """
-  found = plain.unembed(states, table_KD, dtype)
+  found = unembed(states, table_KD, dtype)
   return cross_entropy.capped(found, softcap)
 
 

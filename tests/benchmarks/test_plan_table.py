@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import plan_table
+from benchmarks.common import plan_rows
 from hardware import targets
 
 
@@ -17,7 +18,7 @@ def compilers(monkeypatch):
 @pytest.fixture(scope='module')
 def committed():
   """The rows of experiments/PLANS.md."""
-  return plan_table.read(plan_table.PATH.read_text(encoding='utf-8'))
+  return plan_rows.read(plan_table.PATH)
 
 
 def test_every_preset_is_in_the_table(committed):
@@ -58,9 +59,9 @@ def test_a_table_is_read_as_it_was_written():
     for preset in ('8b', '124m')
   }
   text = plan_table.write(rows)
-  assert plan_table.read(text) == rows
-  assert list(plan_table.read(text)) == ['124m', '8b']  # in their own order
-  assert plan_table.read('') == {}
+  assert plan_rows.parsed(text) == rows
+  assert list(plan_rows.parsed(text)) == ['124m', '8b']  # in their own order
+  assert plan_rows.parsed('') == {}
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from models import transformer
 from models.linear.native import build
 from tests.helpers import frozen_dirs, tiny_models
 from tests.helpers.open_weights import stored_params
+from tests.helpers.serving import guesses, trained_heads
 from tests.inference import conftest as life_two
 
 _PROMPTS = [[256, *b'what is said alone'], [256, *b'and'], [256, *b'beside it']]
@@ -108,6 +109,47 @@ def test_few_rows_of_floats_have_the_answers_of_plain_products(dtype):
     tolerance = 1e-4 if dtype == 'float32' else 0.1
     assert abs(logprobs[0] - of_expected[0]) < tolerance
     assert dtype != 'float32' or ids == expected
+
+
+@pytest.mark.slow
+def test_a_draft_head_reads_weights_of_16_bits():
+  config = _config(num_layers=1)
+  params = frozen_dirs.params(config)
+  head = trained_heads.weights(config, params)
+  # A head that was trained on random text guesses samples, not best tokens.
+  asked = [
+    requests.Request(
+      prompt_ids=tuple(ids),
+      settings=settings_lib.Settings(seed=7, max_tokens=24, ignore_eos=True),
+    )
+    for ids in _PROMPTS
+  ]
+  found = {}
+  for native, dtype in (('on', 'bfloat16'), ('off', 'float32')):
+    engine = engine_lib.Engine(
+      config,
+      params,
+      tokenizer=tiny_models.byte_tokenizer(),
+      weights_digest='d',
+      config=dataclasses.replace(
+        life_two.ENGINE, native=native, speculation='head', draft_head='given'
+      ),
+      draft=head,
+    )
+    engine._speculator._choice.costs = guesses.Costs()
+    arrays = jax.tree.leaves(engine.draft.arrays)
+    assert {x.dtype.name for x in arrays} == {dtype}
+    numbers = sum(x.size for x in arrays)
+    assert engine.draft.num_bytes == numbers * jnp.dtype(dtype).itemsize
+    done = [
+      update.completion
+      for _, update in engine.answer(asked)
+      if update.completion
+    ]
+    found[native] = sum(each.usage.accepted_tokens for each in done)
+  # Guesses of rounded weights are nearly as good.
+  assert found['off'] > 10
+  assert abs(found['on'] - found['off']) <= found['off'] / 2
 
 
 def test_the_setting_and_its_reason():

@@ -15,7 +15,7 @@ the sequence and the key of its position, as a draft model does (`draft_steps`).
 Reference: ReDrafter, arXiv:2403.09919.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -32,6 +32,8 @@ from inference.scheduling import page_tables
 from inference.speculation import source
 from models import kv_cache as kv_cache_lib, transformer
 from models.layers import cross_entropy, draft_head
+from models.linear import plain
+from models.linear.native import few_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,15 +44,48 @@ class Weights:
   num_ids: int  # K, the ids that it guesses: the first ones
   dtype: Any  # of the model that it drafts for
 
-  def num_bytes(self, model_width: int) -> int:
-    """Returns the bytes of the head, and of the rows that it unembeds with."""
+  def num_bytes(self, model_width: int, dtype: Any) -> int:
+    """Returns the bytes of the head, and of the rows that it unembeds with.
+
+    Args:
+      model_width: D, of the model.
+      dtype: that they are stored in.
+    """
     numbers = sum(leaf.size for leaf in jax.tree.leaves(self.head))
     numbers += self.num_ids * model_width
-    return numbers * jnp.dtype(self.dtype).itemsize
+    return numbers * jnp.dtype(dtype).itemsize
+
+
+class Ports(NamedTuple):
+  """How a guess multiplies, and the dtype of its weights.
+
+  Reading weights takes most of the time of a guess. Where a native product
+  reads bfloat16 weights for floats of any dtype, they are rounded to it: a
+  guess may be another one, and the verification finds out either way.
+  """
+
+  linear: Callable[..., Any]
+  unembed: Callable[..., jax.Array]
+  dtype: Any
+
+  @classmethod
+  def of(cls, execution: Any, dtype: Any, num_rows: int) -> 'Ports':
+    """Returns the ports beside a model.
+
+    Args:
+      execution: of the model.
+      dtype: of the model.
+      num_rows: most sequences of one call.
+    """
+    native = execution.unembed
+    if isinstance(native, few_rows.Unembed) and num_rows <= few_rows.MOST_ROWS:
+      linear = few_rows.Linear(native.target, is_transposed=False)
+      return cls(linear, native, jnp.bfloat16)
+    return cls(plain.linear, plain.unembed, dtype)
 
 
 class Drawing(NamedTuple):
-  """The arrays that guesses are drawn with, in the dtype of the model."""
+  """The arrays that guesses are drawn with, in the dtype of `Ports`."""
 
   head: Any
   table_KD: jax.Array  # the first rows of the model's unembedding
@@ -65,6 +100,11 @@ class Inputs(NamedTuple):
   slots_D: Any
   pages_D: Any  # the page of the token before
   places_D: Any  # its place in that page
+
+
+def most_rows(config: engine_config.EngineConfig) -> int:
+  """Returns the most sequences that one call drafts for."""
+  return max(rows for rows, _ in config.verified_shapes())
 
 
 class DraftHead:
@@ -96,13 +136,16 @@ class DraftHead:
     self._most = max(width for _, width in config.verified_shapes()) - 1
     rows = sorted({rows for rows, _ in config.verified_shapes()})
     self._rows = sorted({rows[0], *rows[::-2]})
+    self._ports = Ports.of(execution, dtype, most_rows(config))
     self._compiled: dict[int, Any] = {}
     self._shared: Any = None
 
   @property
   def num_bytes(self) -> int:
     """Bytes of the head, and of its rows of the unembedding."""
-    return self._weights.num_bytes(self._model.config.model_width)
+    return self._weights.num_bytes(
+      self._model.config.model_width, self._ports.dtype
+    )
 
   def bytes_per_token(self, kv_dtype: Any) -> float:
     """Bytes of the hidden state of one token.
@@ -121,7 +164,7 @@ class DraftHead:
       params: shapes of its params.
     """
     self._page_size = state.kv_cache[-1].page_size
-    dtype, shared = self._weights.dtype, layered.parted(params)[0]
+    dtype, shared = self._ports.dtype, layered.parted(params)[0]
     head = jax.tree.map(lambda x: jnp.asarray(x, dtype), self._weights.head)
     table_KD = jax.eval_shape(self._rows_of, shared)
     self._drawing = Drawing(head, table_KD)
@@ -135,7 +178,12 @@ class DraftHead:
     self._drawing = self._drawing._replace(table_KD=table_KD)
 
   def _rows_of(self, shared: device_state.Params) -> jax.Array:
-    return first_rows(shared, model=self._model, num_ids=self._num_ids)
+    return first_rows(
+      shared,
+      model=self._model,
+      num_ids=self._num_ids,
+      dtype=jnp.dtype(self._ports.dtype),
+    )
 
   @property
   def arrays(self) -> Drawing:
@@ -156,6 +204,7 @@ class DraftHead:
         np.zeros((len(Inputs._fields), num), np.int32),
         most=self._most,
         model=self._model,
+        ports=self._ports,
         vocab_size=self._vocab_size,
       ).compile()
       for num in self._rows
@@ -218,7 +267,9 @@ class DraftHead:
     return max(source.most_of(sequence, most), 0)
 
 
-@functools.partial(jax.jit, static_argnames=('most', 'model', 'vocab_size'))
+@functools.partial(
+  jax.jit, static_argnames=('most', 'model', 'ports', 'vocab_size')
+)
 def draft(
   shared: device_state.Params,
   drawing: Drawing,
@@ -228,6 +279,7 @@ def draft(
   *,
   most: int,
   model: transformer.Transformer,
+  ports: Ports,
   vocab_size: int,
 ) -> jax.Array:
   """Drafts the next tokens of D sequences; returns them, int32 [G, D].
@@ -241,6 +293,7 @@ def draft(
     inputs_ID: the arrays of `Inputs`, one after another.
     most: G, the largest number of drafted tokens.
     model: of the engine.
+    ports: of its products.
     vocab_size: V, ids that may be sampled.
   """
   inputs = Inputs(*inputs_ID)
@@ -258,10 +311,10 @@ def draft(
       model, shared, last_D[None], method='token_rows'
     )
     states_DD = draft_head.advanced(
-      drawing.head, states_DD, embeddings_1DD[0], model.dtype
+      drawing.head, states_DD, embeddings_1DD[0], model.dtype, ports.linear
     )
     logits_DK = draft_head.logits(
-      states_DD, drawing.table_KD, softcap, model.dtype
+      states_DD, drawing.table_KD, softcap, model.dtype, ports.unembed
     )
     logits_DV = jnp.pad(
       logits_DK,
@@ -286,13 +339,17 @@ def draft(
   return jax.lax.while_loop(is_left, step, carry)[-1]
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'num_ids'))
+@functools.partial(jax.jit, static_argnames=('model', 'num_ids', 'dtype'))
 def first_rows(
-  shared: device_state.Params, *, model: transformer.Transformer, num_ids: int
+  shared: device_state.Params,
+  *,
+  model: transformer.Transformer,
+  num_ids: int,
+  dtype: Any,
 ) -> jax.Array:
-  """Returns the first rows of a model's unembedding, [K, D], in its dtype."""
+  """Returns the first rows of a model's unembedding, [K, D], in a dtype."""
   table_VD = steps.apply(model, shared, method='head_matrix')
-  return table_VD[:num_ids].astype(model.dtype)
+  return table_VD[:num_ids].astype(dtype)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
