@@ -129,6 +129,7 @@ class Measured:
   lines: Mapping[tuple[int, int], tuple[float, float]]  # of 1 step, of others
   host_seconds: float
   seat_seconds: float
+  most_steps: int  # decode steps of the longest dispatch
 
   def seconds(self, step: spans.Step) -> float:
     """Returns the seconds of the device for a step."""
@@ -187,6 +188,7 @@ def fitted(
     ),
     host_seconds=host,
     seat_seconds=seat,
+    most_steps=max(each.landed.decode_steps for each in calls if each.landed),
   )
 
 

@@ -6,14 +6,14 @@ The engine answers a calibration, from which a table of costs follows: seconds
 by shape of a step and by decode steps. Then it answers other traffic, and the
 simulator predicts it from the table. Printed are both, and how far apart.
 
-The clock is CPU time of this process, in both, so that other work on the
-machine counts little: a request arrives when the clock has reached its second,
-and the clock jumps to the next arrival while the engine is idle. On an idle
-machine with few cores that is as good as wall time; it hides that cores compute
-side by side.
+The clock runs while the engine steps: a request arrives when the clock has
+reached its second, and the clock jumps to the next arrival while the engine is
+idle. With --clock=cpu it is the CPU time of this process, so that other work on
+the machine counts little. But a step that computes on several cores ends before
+their CPU time has passed, so steps of less than some milliseconds are mixed up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import gc
 import time
@@ -29,6 +29,7 @@ from inference.sampling import settings as settings_lib
 from inference.scheduling import spans
 from studies.fleet import costs as costs_lib, fleet, replica, traffic
 
+CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 _COLUMNS = (
   'tokens_per_s', 'to_last_mean', 'to_first_p50', 'to_first_p99',
   'per_token_p50', 'per_token_p99', 'cached',
@@ -44,9 +45,17 @@ class Run:
 
 
 def answered(
-  engine: engine_lib.Engine, requests: Sequence[traffic.Request]
+  engine: engine_lib.Engine,
+  requests: Sequence[traffic.Request],
+  read: Callable[[], float] = time.perf_counter,
 ) -> Run:
-  """Returns the answers of an engine to traffic, on a clock of CPU time."""
+  """Returns the answers of an engine to traffic.
+
+  Args:
+    engine: without work.
+    requests: in the order of their arrival.
+    read: the clock, in seconds.
+  """
   run = Run(answers=[], calls=[])
   shapes = engine.config.step_shapes()
   begun: list[spans.Step] = []
@@ -69,9 +78,9 @@ def answered(
         open_by_id[engine.submit(_asked(engine, request))] = answer
         run.answers.append(answer)
       begun.clear()
-      start = time.process_time()
+      start = read()
       updates = engine.step()
-      seconds = time.process_time() - start
+      seconds = read() - start
       clock += seconds
       for update in updates:
         _note(open_by_id[update.request_id], update, clock)
@@ -106,7 +115,7 @@ def _note(answer: replica.Answer, update, now: float) -> None:
 
 def predicted(
   engine: engine_lib.Engine,
-  costs: costs_lib.Costs,
+  costs: costs_lib.Measured,
   requests: Sequence[traffic.Request],
 ) -> list[replica.Answer]:
   """Returns the simulator's answers to the same traffic."""
@@ -122,7 +131,7 @@ def predicted(
   settings = replica.Settings(
     limits=engine.config.limits(engine.page_tokens),
     num_pages=engine.manager.tables.allocator.num_usable + 1,
-    decode_steps=engine.config.decode_steps,
+    decode_steps=costs.most_steps,
     is_serial=True,
   )
   return fleet.simulate([replica.Replica(settings, costs)], asked)
@@ -132,14 +141,22 @@ def compared(
   engine: engine_lib.Engine,
   calibration: Sequence[traffic.Request],
   requests: Sequence[traffic.Request],
+  read: Callable[[], float] = time.perf_counter,
 ) -> tuple[fleet.Summary, fleet.Summary]:
-  """Returns the speed of an engine, and what the simulator says of it."""
+  """Returns the speed of an engine, and what the simulator says of it.
+
+  The machine may become faster or slower meanwhile: the calibration is answered
+  before and after the requests, and both count.
+  """
   shapes = engine.config.step_shapes()
-  answered(engine, calibration[:8])  # the first calls of a program take longer
-  engine.manager.clear()
-  measured = costs_lib.fitted(answered(engine, calibration).calls, shapes)
-  engine.manager.clear()
-  real = fleet.summary(answered(engine, requests).answers, ())
+  # The first calls of a program take longer.
+  answered(engine, calibration[:8], read)
+  runs = []
+  for each in (calibration, requests, calibration):
+    engine.manager.clear()
+    runs.append(answered(engine, each, read))
+  measured = costs_lib.fitted([*runs[0].calls, *runs[2].calls], shapes)
+  real = fleet.summary(runs[1].answers, ())
   return real, fleet.summary(predicted(engine, measured, requests), ())
 
 
@@ -173,6 +190,7 @@ def main(argv: list[str]) -> None:
     config = engine_config.EngineConfig(
       max_sequences=8, decode_shapes=(2, 8), page_size=16, chunk_tokens=32,
       max_chunks=2, max_mixed_chunks=1, stream_seconds=0,
+      max_length=values.max_length,
     )  # fmt: skip
     engine = generate.load(values.model, config).engine
     gc.collect()
@@ -196,6 +214,7 @@ def main(argv: list[str]) -> None:
       engine,
       traffic.requests(at_rate, values.requests, seed=1),
       traffic.requests(at_rate, values.requests, seed=2),
+      CLOCKS[values.clock],
     )
     print(f'{rate:g} requests per second\n\n{table(*found)}\n')
     engine.manager.clear()
@@ -205,5 +224,11 @@ if __name__ == '__main__':
   targets.prepare_for(None)
   path_flags.DEFINE_path('model', None, 'Frozen directory.', required=True)
   flags.DEFINE_integer('requests', 60, 'Requests of each of the two traffics.')
-  flags.DEFINE_list('rates', ['20', '1000'], 'Requests per second of CPU time.')
+  flags.DEFINE_list('rates', ['20', '1000'], 'Requests per second.')
+  flags.DEFINE_enum(
+    'clock', 'wall', CLOCKS, 'Wall time, or CPU time on a machine with load.'
+  )
+  flags.DEFINE_integer(
+    'max_length', 0, 'Most tokens of a sequence; 0: those of the model.'
+  )
   app.run(main)

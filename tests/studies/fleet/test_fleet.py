@@ -62,11 +62,15 @@ def _ended(requests, settings=_SETTINGS, **costs):
 
 
 @pytest.mark.slow
-def test_the_simulator_makes_the_steps_of_the_engine():
+@pytest.mark.parametrize('most_steps', [4, 1])
+def test_the_simulator_makes_the_steps_of_the_engine(most_steps, monkeypatch):
   engine = reference_engine.engine(
     'llama', max_sequences=4, decode_shapes=(2, 4), page_size=16, num_pages=40,
     chunk_tokens=16, max_chunks=2, max_mixed_chunks=1, stream_seconds=0,
   )  # fmt: skip
+  # An engine may make fewer steps per dispatch than its config allows.
+  assert engine.config.decode_steps > most_steps
+  monkeypatch.setattr(engine._programs, 'decode_steps', most_steps)
   asked = [
     dataclasses.replace(each, arrival=0.0)
     for each in traffic.requests(_TRAFFIC, 30)
@@ -78,6 +82,8 @@ def test_the_simulator_makes_the_steps_of_the_engine():
   made = []
 
   class Noted(_Constant):
+    most_steps = costs.fitted(run.calls, shapes).most_steps
+
     def seconds(self, step):
       made.append(costs.kind_of(step, shapes))
       return super().seconds(step)
@@ -85,6 +91,7 @@ def test_the_simulator_makes_the_steps_of_the_engine():
   answers = measured.predicted(engine, Noted(), asked)
   # All are there from the beginning: no clock decides what a step does.
   assert made == found
+  assert max(each.decode_steps for each in made) == most_steps
   for said, real in zip(answers, run.answers, strict=True):
     assert said.num_made == real.num_made == real.request.num_new
     assert said.num_cached == real.num_cached
