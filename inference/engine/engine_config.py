@@ -135,7 +135,8 @@ class EngineConfig:
   attention: str = flag_field.field(
     'auto',
     'auto (the kernel of the platform if it supports the model, else plain'
-    ' JAX), kernel (the kernel, or an error) or reference (plain JAX).',
+    ' JAX), kernel (the kernel, or an error) or reference (plain JAX). The'
+    ' kernel of a CPU is native code; auto takes it beside native products.',
   )
   native: str = flag_field.field(
     'auto',

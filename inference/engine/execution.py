@@ -15,9 +15,13 @@ from models import execution as execution_lib, kv_cache, layout, model_config
 from models.attention import supports
 from models.layers import table
 from models.linear import invariant
-from models.linear.native import choice as native_choice, processor
+from models.linear.native import build, choice as native_choice, processor
 
-_KERNELS = {'tpu': supports.PAGED_TPU, 'gpu': supports.PAGED_GPU}
+_KERNELS = {
+  'tpu': supports.PAGED_TPU,
+  'gpu': supports.PAGED_GPU,
+  'cpu': supports.PAGED_CPU,
+}
 
 
 class Backend(NamedTuple):
@@ -29,6 +33,8 @@ class Backend(NamedTuple):
   has_transposed_kernels: bool = False  # `models.layout.transpose_kernels`
   # How weights are multiplied, and after a colon why.
   products: str = ''
+  # Whether native code may attend; it does beside native products.
+  may_attend_natively: bool = False
   # Per token: of the KV cache of a draft model, whose pages are as many, or of
   # the hidden states that a draft head reads.
   beside_bytes: float = 0.0
@@ -63,7 +69,28 @@ class Backend(NamedTuple):
       if (port := getattr(chosen, name)) is not None
     }
     execution = dataclasses.replace(self.execution, **ports)
-    return self._replace(execution=execution, products=chosen.reason)
+    found = self._replace(execution=execution, products=chosen.reason)
+    is_asked = config.attention == 'kernel' and platform == 'cpu'
+    if self.may_attend_natively and (chosen.is_native or is_asked):
+      return found._attending_natively(is_asked)
+    return found
+
+  def _attending_natively(self, is_asked: bool) -> 'Backend':
+    # Here: other platforms need no compiler.
+    from models.attention.kernels import paged_cpu
+
+    try:
+      port = paged_cpu.registered()
+    except build.BuildError as error:
+      if is_asked:
+        raise ValueError(
+          f"engine.attention: got 'kernel', but {error}; set engine.attention ="
+          ' auto'
+        ) from error
+      return self
+    return self._replace(
+      execution=dataclasses.replace(self.execution, attend_cached=port)
+    )
 
   def pool_pages(
     self,
@@ -162,7 +189,8 @@ def choose(
   Plain JAX attends on every platform. TPU and GPU have kernels that read keys
   and values from their pages without gathering them; `attention='auto'` takes
   the kernel if `models/attention/supports.py` says that it accepts the model.
-  Invariant numerics have their own attention.
+  A CPU has native code, which `Backend.multiplying` takes beside native
+  products. Invariant numerics have their own attention.
 
   Raises:
     ValueError: `attention` asks for a kernel that the platform lacks or that
@@ -203,7 +231,10 @@ def choose(
       request = _request(config, model, dtype, channels)
       request = dataclasses.replace(request, platform=platform)
       refusal = supports.problem(kernel, request)
-      if not refusal:
+      if platform == 'cpu':
+        refusal = refusal or _native_refusal(config)
+        backend = backend._replace(may_attend_natively=not refusal)
+      elif not refusal:
         # Here: they import Pallas, without which a CPU starts sooner.
         if platform == 'tpu':
           from models.attention.kernels import paged_tpu as port
@@ -214,7 +245,7 @@ def choose(
           channels,
           kv_dtype,
         )
-    if config.attention == 'kernel':
+    if config.attention == 'kernel' and refusal:
       raise ValueError(f"engine.attention: got 'kernel', but {refusal}")
   if refusal := supports.problem(path, _request(config, model, dtype, width)):
     raise ValueError(f'{path.name}: {refusal}')
@@ -225,6 +256,18 @@ def choose(
       )
     )
   return backend
+
+
+def _native_refusal(config: engine_config.EngineConfig) -> str:
+  """Returns why a config has no native attention, '' if it may have it."""
+  if config.native == 'off':
+    return 'engine.native is off; set engine.native = auto'
+  if config.num_parts > 1:
+    return (
+      f'got {config.num_parts} devices that share the model, expected 1; set'
+      ' engine.attention = auto'
+    )
+  return ''
 
 
 def _devices(

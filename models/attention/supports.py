@@ -207,6 +207,14 @@ PAGED_GPU = Path(
   # with 32 bits and a sign. Signed addresses of one-byte numbers wrap at 2**31.
   int8_pool_gap=(2**31, 2**32),
 )
+PAGED_CPU = Path(
+  name='native attention',
+  otherwise='set engine.attention = auto',
+  form=_FORM,
+  platforms=('cpu',),
+  has_int8=True,
+  dtypes=('float32', 'bfloat16', 'fp8'),
+)
 INVARIANT = dataclasses.replace(
   PAGED, name='invariant attention', otherwise='set engine.numerics = fast'
 )
@@ -253,8 +261,8 @@ def of_call(
   _, page_size, _, width = pool.shape
   tables = cache.decode_table_DL, cache.chunk_table_XL
   is_bare = pool.dtype == jnp.int8 and cache.pages.scale_PQY is None
-  is_fp8 = pool.dtype == kv_cache.FP8_BITS
-  stored = 'fp8' if is_fp8 else pool.dtype.name
+  of_bits = {kv_cache.FP8_BITS: 'fp8', kv_cache.BFLOAT16_BITS: 'bfloat16'}
+  stored = of_bits.get(pool.dtype.name, pool.dtype.name)
   return Request(
     form=form,
     num_heads=heads,

@@ -9,11 +9,19 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from models import kv_cache
 from models.attention import cached, dense, form as form_lib, paged, supports
-from models.attention.kernels import cudnn_gpu, paged_gpu, paged_tpu, splash_tpu
+from models.attention.kernels import (
+  cudnn_gpu,
+  paged_cpu,
+  paged_gpu,
+  paged_tpu,
+  splash_tpu,
+)
 from models.linear import invariant
+from models.linear.native import build
 from parallel import mesh as mesh_lib, parallel_config
 from parallel.attention import context
 
@@ -80,6 +88,29 @@ def paged_cache(
   return out.reshape(q.shape)
 
 
+def paged_decodes(attend, q, k, v, *, form=Form(), length=TIME, is_int8=False):
+  """As `paged_cache`, with each token as one that decodes."""
+  kv = np.stack([x.swapaxes(1, 2) for x in (k, v)], axis=3)
+  kv = kv.reshape(4, 64, 2 * KV_HEADS, CHANNELS)
+  pages = kv_cache.Pages(jnp.asarray(np.pad(kv, ((1, 0), *[(0, 0)] * 3))))
+  if is_int8:
+    pages = kv_cache.Pages(*kv_cache.quantize(pages.kv_PQYC))
+  table = jnp.repeat(jnp.asarray([[1, 2], [3, 4]], jnp.int32), TIME, axis=0)
+  layer = kv_cache.PagedLayer(pages, table, jnp.zeros((0, 2), jnp.int32))
+  place = jnp.arange(TIME)
+  positions = jnp.tile(jnp.where(place < length, place, -1), 2)[None]
+  out = attend(q.reshape(1, 2 * TIME, HEADS, CHANNELS), layer, positions, form)
+  return out.reshape(q.shape)
+
+
+def native(*args):
+  """Attends by native code; skips a test where it cannot be compiled."""
+  try:
+    return paged_cpu.registered()(*args)
+  except build.BuildError as error:
+    return pytest.skip(str(error))
+
+
 def latent_pages(attend, q, kv_B1TC, *, form=Form()):
   """As `paged_cache`, of one head whose keys are its values."""
   kv = np.pad(kv_B1TC.reshape(4, 64, 1, CHANNELS), ((1, 0), *[(0, 0)] * 3))
@@ -109,5 +140,6 @@ RUN = {
   'PAGED_GPU': functools.partial(
     paged_cache, functools.partial(paged_gpu.attend, interpret=True)
   ),
+  'PAGED_CPU': functools.partial(paged_decodes, native),
   'INVARIANT': functools.partial(_dense_cache, invariant.attend_cached),
 }

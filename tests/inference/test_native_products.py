@@ -17,6 +17,7 @@ from inference.engine.compiled import program_store
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models import transformer
+from models.attention.kernels import paged_cpu
 from models.linear.native import build
 from tests.helpers import frozen_dirs, tiny_models
 from tests.helpers.open_weights import stored_params
@@ -103,6 +104,8 @@ def test_few_rows_of_floats_have_the_answers_of_plain_products(dtype):
     assert engine.backend.products.startswith(
       'native up to 8 rows' if native == 'on' else 'plain JAX: engine.native'
     )
+    attend = engine.backend.execution.attend_cached
+    assert isinstance(attend, paged_cpu.Attend) == (native == 'on')
     answers.append(_answers(engine, _PROMPTS))
   for (ids, logprobs), (expected, of_expected) in zip(*answers, strict=True):
     assert ids[:1] == expected[:1]  # later ones may follow from a near tie

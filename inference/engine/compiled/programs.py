@@ -40,6 +40,7 @@ from inference.engine.compiled import (
 from inference.sampling import sampler as sampler_lib
 from models import transformer
 from models.layers import adapters as adapters_lib
+from models.linear.native import few_rows
 
 
 class Pending(NamedTuple):
@@ -115,7 +116,9 @@ class Programs:
     self._layouts = layouts.Layouts(
       chunk_tokens=config.chunk_tokens,
       table_width=config.table_width(context),
-      sample_sizes=shapes_lib.sample_sizes(max(map(sum, shapes))),
+      sample_sizes=shapes_lib.sample_sizes(
+        max(map(sum, shapes)), few_rows.most_logits(model.execution.unembed)
+      ),
       has_adapters=self._has_adapters,
       is_layered=not placement.is_spread
       and layered.suits(self._params, placement.device.platform),

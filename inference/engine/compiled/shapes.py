@@ -24,13 +24,20 @@ def holding_all(shapes: list[steps.Shape]) -> list[steps.Shape]:
   return list(dict.fromkeys([*largest(decodes), *largest(shapes)]))
 
 
-def sample_sizes(most: int) -> list[int]:
+def sample_sizes(most: int, cheap: int = 0) -> list[int]:
   """Returns the sizes that `sample` is compiled for: powers of 4, and `most`.
 
   Few sizes: its filters take longer to compile than a layer of the model does,
   and padding costs little beside the matrix products of a step.
+
+  Args:
+    most: tokens that a step samples.
+    cheap: beyond so many tokens, the product that makes logits takes much
+      longer. It is a size, too; 0: there is no such number.
   """
   sizes = []
   while (size := 4 ** len(sizes)) < most:
     sizes.append(size)
-  return [*sizes, most]
+  if 0 < cheap < most:
+    sizes.append(cheap)
+  return [*sorted(set(sizes)), most]

@@ -1,12 +1,12 @@
-"""Builds native products with the user's compiler, once, and loads them.
+"""Builds native functions with the user's compiler, once, and loads them.
 
-Each product has a library of its own, which is kept in a directory of the user.
-Its name is a digest of all its inputs: sources, compiler, options, processor
-and jaxlib, whose headers it includes. So it is never stale, and machines that
-share a home directory have separate libraries. Its last bytes are a digest of
-all other bytes: a damaged file counts as absent. It is written under another
-name and renamed, so processes that build it at the same time do not disturb
-each other.
+They are products, and attention over pages. Each function has a library of its
+own, which is kept in a directory of the user. Its name is a digest of all its
+inputs: sources, compiler, options, processor and jaxlib, whose headers it
+includes. So it is never stale, and machines that share a home directory have
+separate libraries. Its last bytes are a digest of all other bytes: a damaged
+file counts as absent. It is written under another name and renamed, so
+processes that build it at the same time do not disturb each other.
 
 A user who may write into the directory can run code here, as with JAX's own
 cache.
@@ -30,10 +30,15 @@ from models.linear.native import processor
 _HERE = pathlib.Path(__file__).parent
 STORED = 'kernel.cc'  # the product with kernels in fewer bits
 FEW_ROWS = 'few_rows.cc'  # the product of few rows with floats
+PAGES = '../../attention/kernels/paged_cpu.cc'  # attention over pages
 _HEADERS = {
   STORED: ('formats.h', 'parts.h', 'simd.h'),
   FEW_ROWS: ('parts.h', 'simd.h'),
+  PAGES: ('parts.h', 'simd.h'),
 }
+# Of XLA's name, and of the symbol in the library.
+_NAMES = {PAGES: ('two_lives_attend', 'TwoLivesAttend')}
+_PRODUCT = 'two_lives_multiply', 'TwoLivesMultiply'
 _COMPILERS = 'g++', 'clang++', 'c++'
 # Products and sums are fused where the source says so, and nowhere else: one
 # row has the bits of many rows.
@@ -63,14 +68,14 @@ def registered(
   kept_in: pathlib.Path | None = None,
   source: str = STORED,
 ) -> tuple[str, str]:
-  """Returns XLA's name of a product, and the instructions that it uses.
+  """Returns XLA's name of a function, and the instructions that it uses.
 
   The first call of a process builds or loads the library and registers it.
 
   Args:
     options: options of the compiler, for a processor.
     kept_in: directory of the library; default: `directory()`.
-    source: `STORED` or `FEW_ROWS`.
+    source: `STORED`, `FEW_ROWS` or `PAGES`.
 
   Raises:
     BuildError: there is no compiler, it fails, or the library cannot be kept or
@@ -78,14 +83,15 @@ def registered(
   """
   with _lock:  # engines start in several threads
     path = built(options, kept_in or directory(), source)
-    name = f'two_lives_multiply_{path.stem}'
+    prefix, symbol = _NAMES.get(source, _PRODUCT)
+    name = f'{prefix}_{path.stem}'
     if name not in _registered:
       try:
         library = ctypes.CDLL(str(path))
       except OSError as error:
         raise BuildError(f'the library {path}: {error}') from error
       jax.ffi.register_ffi_target(
-        name, jax.ffi.pycapsule(library.TwoLivesMultiply), platform='cpu'
+        name, jax.ffi.pycapsule(getattr(library, symbol)), platform='cpu'
       )
       library.TwoLivesInstructions.restype = ctypes.c_char_p
       _registered[name] = library.TwoLivesInstructions().decode()

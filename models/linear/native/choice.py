@@ -24,6 +24,11 @@ class Choice(NamedTuple):
   unembed: few_rows.Unembed | None = None
   reason: str = PLAIN
 
+  @property
+  def is_native(self) -> bool:
+    """Whether any weights are multiplied natively."""
+    return self.linear is not None or self.stored is not product.in_blocks
+
 
 def choose(
   setting: str,

@@ -76,6 +76,11 @@ class Unembed:
     return _multiplied(self.target, hidden, head_VD, dtype, is_along=True)
 
 
+def most_logits(unembed: Any) -> int:
+  """Returns the most rows that a port multiplies natively; 0: there is none."""
+  return MOST_ROWS if isinstance(unembed, Unembed) else 0
+
+
 def _is_for_few(x: jax.Array, weights: jax.Array, dtype: Any) -> bool:
   num_rows = x.size // max(x.shape[-1], 1)
   least = 2 if weights.dtype == jnp.float32 else 1

@@ -60,9 +60,18 @@ def test_a_model_that_the_kernel_does_not_take_is_attended_without():
 
 def test_a_kernel_that_a_platform_lacks_is_refused():
   with pytest.raises(
-    ValueError, match="got 'kernel', but got platform 'cpu', expected one of"
+    ValueError, match="got 'kernel', but got platform 'npu', expected one of"
   ):
-    _choose('cpu', attention='kernel')
+    _choose('npu', attention='kernel')
+  for fields, why in (
+    ({'native': 'off'}, 'engine.native is off; set engine.native = auto'),
+    ({'tensor': 2}, 'got 2 devices that share the model, expected 1'),
+  ):
+    assert not _choose('cpu', **fields).may_attend_natively
+    with pytest.raises(ValueError, match=f"got 'kernel', but {why}"):
+      _choose('cpu', attention='kernel', **fields)
+  assert _choose('cpu', attention='kernel').may_attend_natively
+  assert not _choose('cpu', attention='reference').may_attend_natively
 
 
 @pytest.mark.parametrize('has_tiles', [False, True])

@@ -132,12 +132,16 @@ def test_a_document_that_is_not_finite_leaves_the_others_alone(name, is_first):
 )
 def test_pages_in_int8_that_no_query_sees_never_enter_a_sum(name):
   # The scale of such a vector is not finite.
-  attend = {
-    'PAGED': paged.attend,
-    'PAGED_GPU': functools.partial(paged_gpu.attend, interpret=True),
-    'INVARIANT': invariant.attend_cached,
+  cache, native = attention_paths.paged_cache, attention_paths.native
+  run = {
+    'PAGED': functools.partial(cache, paged.attend),
+    'PAGED_GPU': functools.partial(
+      cache, functools.partial(paged_gpu.attend, interpret=True)
+    ),
+    'PAGED_CPU': functools.partial(attention_paths.paged_decodes, native),
+    'INVARIANT': functools.partial(cache, invariant.attend_cached),
   }[name]
-  run = functools.partial(attention_paths.paged_cache, attend, is_int8=True)
+  run = functools.partial(run, is_int8=True)
   got = _assert_unspoilt(run, attention_paths.inputs(), *CAUSAL, np.nan)
   assert np.isnan(got[:, CUT:]).any((2, 3)).all()
 

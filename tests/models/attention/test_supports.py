@@ -52,7 +52,7 @@ CAPABILITIES = [
   ),
   (
     'platforms',
-    lambda path: not path.platforms,
+    lambda path: not path.platforms or 'cpu' in path.platforms,
     Request(platform='cpu'),
     'devices of platform cpu',
   ),

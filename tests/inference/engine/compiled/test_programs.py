@@ -119,6 +119,10 @@ def test_sizes_of_sample_are_few_and_hold_every_shape():
     (1, [1]), (2, [1, 2]), (4, [1, 4]), (5, [1, 4, 5]), (33, [1, 4, 16, 33]),
   ):  # fmt: skip
     assert shapes_lib.sample_sizes(most) == expected
+  # The most tokens whose logits are cheap are a size, where more are sampled.
+  assert shapes_lib.sample_sizes(12, 8) == [1, 4, 8, 12]
+  assert shapes_lib.sample_sizes(8, 8) == [1, 4, 8]
+  assert shapes_lib.sample_sizes(36, 16) == [1, 4, 16, 36]
 
 
 def test_inputs_are_padding_until_they_are_filled(programs):
