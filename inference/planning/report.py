@@ -189,13 +189,19 @@ def _compiled_lines(plan: plan_lib.Plan) -> _Lines:
     )
   yield (
     '  predicted',
-    f'{plan.sums_per_step} sums of the stream,'
+    f'{plan.sums_per_step} sums of the stream{_across_text(plan)},'
     f' {compile_ahead.size(plan.sent_bytes(count))} sent; the others are of'
     ' the sampler',
   )
   largest = max(each.payload_bytes for each in compiled.traffic.collectives)
   yield (
     '  largest message',
-    f'{compile_ahead.size(largest)}, the stream of a step:'
+    f'{compile_ahead.size(largest)}, states of a step:'
     f' {"no weight is sent" if plan.sends_no_weight else "WEIGHTS ARE SENT"}',
   )
+
+
+def _across_text(plan: plan_lib.Plan) -> str:
+  """Returns how many kernels send other arrays than a sum; '' for none."""
+  num = len(plan.across)
+  return f', inputs and outputs of {num} stored kernels' if num else ''

@@ -18,6 +18,7 @@ The ports wrap those of `models.linear.invariant`, which take care of batches.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -46,6 +47,12 @@ class Linear:
       axis=-1,
     )
 
+  def over_parts(self, of_part, x, w_IO, dtype):
+    """Returns the product of a stored kernel, part by part."""
+    return _side_by_side(
+      functools.partial(of_part, self.linear), x, w_IO, self.num_parts
+    ).astype(dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
@@ -64,6 +71,27 @@ class Joined:
     ]
     return ports.biased(_summed(terms, dtype), bias_O, dtype)
 
+  def over_parts(self, of_part, x, w_IO, dtype):
+    """Returns the product of a kernel that is cut as one of floats."""
+    num = _num_here(self.num_parts)
+    terms = [
+      _apart(lambda x, w: of_part(self.linear, x, w).astype(dtype), x_p, w_pO)
+      for x_p, w_pO in zip(
+        jnp.split(x, num, -1), w_IO.split(num, 0), strict=True
+      )
+    ]
+    return _summed(terms, dtype)
+
+  def across_parts(self, of_part, x, w_IO, dtype):
+    """Returns the product of a kernel of which parts have some outputs."""
+    y = _side_by_side(
+      functools.partial(of_part, self.linear),
+      ports.gathered(x, w_IO.places),
+      w_IO.kernel,
+      self.num_parts,
+    )
+    return ports.gathered(y.astype(dtype))[..., : w_IO.width]
+
 
 @dataclasses.dataclass(frozen=True)
 class Unembed:
@@ -80,6 +108,12 @@ class Unembed:
       ],
       axis=-1,
     )
+
+  def over_parts(self, of_part, x, w_IO, dtype):
+    """Returns the logits of a stored table [D, V], part by part."""
+    return _side_by_side(
+      functools.partial(of_part, self.unembed), x, w_IO, self.num_parts
+    ).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +187,14 @@ class Experts:
     return _summed(
       [of_part(g, s) for g in range(groups) for s in range(slices)], dtype
     )
+
+
+def _side_by_side(
+  product: Callable[..., jax.Array], x: jax.Array, w_IO: Any, num_parts: int
+) -> jax.Array:
+  """Returns the products with the parts of a stored kernel, [..., O]."""
+  parts = w_IO.split(_num_here(num_parts), 1)
+  return jnp.concatenate([_apart(product, x, w_Ip) for w_Ip in parts], axis=-1)
 
 
 def _num_here(num_parts: int) -> int:
