@@ -25,12 +25,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from checks import expect
 from frozen import stored_kernels
 from hardware import compile_ahead, peaks as peaks_lib, targets
-from inference.engine import engine_config
+from inference.engine import adapter_table, engine_config
 from inference.engine.spread import (
+  adapters as adapters_lib,
   layout as layout_lib,
   refusals,
   stored as stored_lib,
@@ -38,6 +40,7 @@ from inference.engine.spread import (
 from inference.planning import compiled as compiled_lib, subject as subject_lib
 from models import flops, kv_cache, model_config
 from models.linear.stored import tree as stored_tree
+from parallel import mesh as mesh_lib, parallel_config
 
 # Share of the memory left free, for activations, the runtime, and everything
 # else that no formula knows.
@@ -58,6 +61,8 @@ class Plan:
   tensor: int = 1  # devices that share the model
   # Smaller plans of the same generation, from one device on; see `smallest`.
   slices: tuple[tuple[str, int], ...] = ()  # (name, number of devices)
+  num_adapters: int = 0  # places for adapters beside the weights
+  adapter_rank: int = 0
   # Of kernels in fewer bits: the bytes that they save in memory, and in the
   # reads of a step.
   saved_bytes: int = 0
@@ -126,6 +131,31 @@ class Plan:
       return self.subject.num_params * self.itemsize - saved
     return flops.num_params(self.part) * self.itemsize - saved
 
+  @functools.cached_property
+  def adapter_bytes(self) -> int:
+    """Bytes of the table of adapters that a device has."""
+    if not self.num_adapters:
+      return 0
+    places: adapter_table.Places = adapter_table.WHOLE
+    if self.tensor > 1:
+      sizes = parallel_config.ParallelConfig(tensor=self.tensor).sizes(
+        self.tensor
+      )
+      mesh = AbstractMesh(sizes, mesh_lib.AXES)  # no device has to be there
+      places = adapters_lib.Places(mesh, self._layout)
+    return adapter_table.num_bytes(
+      self.subject.shapes(),
+      num_adapters=self.num_adapters,
+      rank=self.adapter_rank,
+      dtype=self.dtype,
+      places=places,
+    )
+
+  @property
+  def held_bytes(self) -> int:
+    """Bytes of weights and adapters that a device has."""
+    return self.weight_bytes + self.adapter_bytes
+
   @property
   def num_replicas(self) -> int:
     """The engines that the devices of the target hold."""
@@ -139,16 +169,21 @@ class Plan:
     return config.num_layers * rows * width * self.itemsize
 
   def bytes_of(self, num_sequences: int, length: int) -> float:
-    """Returns the bytes of weights and of sequences with `length` tokens."""
+    """Returns the bytes of a device: weights, adapters and sequences.
+
+    Args:
+      num_sequences: of `length` tokens each.
+      length: tokens of a sequence.
+    """
     # Float32 logits, and a copy of them: the weights of the sampler's search.
     logits = 2 * 4 * num_sequences * self.part.vocab_size
     cache = num_sequences * length * self.kv_bytes_per_token
-    return self.weight_bytes + cache + logits
+    return self.held_bytes + cache + logits
 
   def num_sequences(self, length: int) -> int:
     """Returns how many sequences with `length` tokens fit; may be 0."""
-    room = self.peaks.memory_bytes * (1 - _MARGIN) - self.weight_bytes
-    each = self.bytes_of(1, length) - self.weight_bytes
+    room = self.peaks.memory_bytes * (1 - _MARGIN) - self.held_bytes
+    each = self.bytes_of(1, length) - self.held_bytes
     return max(int(room // each), 0)
 
   def step_bytes(self, num_sequences: int, context: float) -> float:
@@ -168,7 +203,8 @@ class Plan:
       weights += (taken - config.num_active_experts) * each
     cache = num_sequences * context * self.kv_bytes_per_token
     _, saved = self._saved
-    return weights * self.itemsize - saved + cache
+    # A step computes with all places for adapters.
+    return weights * self.itemsize - saved + self.adapter_bytes + cache
 
   @property
   def sums_per_step(self) -> int:
@@ -309,6 +345,8 @@ def make(
   tensor: int | None = None,
   experts: int = 1,
   is_compiled: bool = True,
+  max_adapters: int = 0,
+  max_adapter_rank: int | None = None,
 ) -> Plan:
   """Returns the plan for a model.
 
@@ -318,6 +356,9 @@ def make(
     tensor: devices that share the model; None: as many as give the most tokens
       per second, see `chosen`.
     experts: groups of these devices that share the experts of a mixture.
+    is_compiled: whether the decode step is compiled for the target.
+    max_adapters: places for adapters.
+    max_adapter_rank: of each; None: as in an engine.
 
   Raises:
     ValueError: the target does not exist, or the engine refuses the model over
@@ -334,6 +375,9 @@ def make(
   kind = devices[0].device_kind if target is None else target.device_kind
   peaks = peaks_lib.DATASHEETS.get(kind) or peaks_lib.peaks(devices[0])
   saved, saved_of_step = _saved(subject)
+  room = engine_config.EngineConfig(
+    max_adapters=max_adapters, max_adapter_rank=max_adapter_rank
+  ).holding([])
   plan = Plan(
     subject=subject,
     target=target_name,
@@ -341,6 +385,8 @@ def make(
     peaks=peaks,
     num_devices=target.num_devices if target else len(devices),
     slices=targets.slices(target) if target else (),
+    num_adapters=max_adapters,
+    adapter_rank=room.max_adapter_rank or 0,
     saved_bytes=saved,
     saved_bytes_of_step=saved_of_step,
   )
@@ -353,8 +399,8 @@ def make(
     return plan
   fitting = max(plan.num_sequences(plan.config.max_length), 1)
   sequences = min(1 << fitting.bit_length() - 1, _MOST_COMPILED_SEQUENCES)
-  engine = engine_config.EngineConfig(
-    tensor=plan.tensor, experts=experts, max_sequences=sequences
+  engine = dataclasses.replace(
+    room, tensor=plan.tensor, experts=experts, max_sequences=sequences
   )
   return dataclasses.replace(
     plan,

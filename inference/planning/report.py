@@ -79,6 +79,12 @@ def _device_lines(plan: plan_lib.Plan) -> _Lines:
   share = f', {plan.weight_bytes / limit:.0%} of the memory' if limit else ''
   shared = f'; {plan.tensor} devices share them' if plan.tensor > 1 else ''
   yield 'weights', f'{compile_ahead.size(plan.weight_bytes)}{share}{shared}'
+  if plan.num_adapters:
+    yield (
+      'adapters',
+      f'{compile_ahead.size(plan.adapter_bytes)} for {plan.num_adapters} of'
+      f' rank {plan.adapter_rank}{shared}',
+    )
   yield (
     'cache',
     f'{compile_ahead.size(plan.kv_bytes_per_token)} per token{shared}',

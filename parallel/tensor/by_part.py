@@ -47,11 +47,10 @@ class Linear:
       axis=-1,
     )
 
-  def over_parts(self, of_part, x, w_IO, dtype):
-    """Returns the product of a stored kernel, part by part."""
-    return _side_by_side(
-      functools.partial(of_part, self.linear), x, w_IO, self.num_parts
-    ).astype(dtype)
+  def over_parts(self, of_part, x, w_IO, dtype, pair=None):
+    """Returns the product of a kernel, stored or with an adapter."""
+    product = functools.partial(of_part, self.linear)
+    return _side_by_side(product, x, w_IO, pair, self.num_parts).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +70,16 @@ class Joined:
     ]
     return ports.biased(_summed(terms, dtype), bias_O, dtype)
 
-  def over_parts(self, of_part, x, w_IO, dtype):
+  def over_parts(self, of_part, x, w_IO, dtype, pair=None):
     """Returns the product of a kernel that is cut as one of floats."""
     num = _num_here(self.num_parts)
-    terms = [
-      _apart(lambda x, w: of_part(self.linear, x, w).astype(dtype), x_p, w_pO)
-      for x_p, w_pO in zip(
-        jnp.split(x, num, -1), w_IO.split(num, 0), strict=True
-      )
-    ]
+    pairs = [None] * num
+    if pair is not None:
+      a, b = pair
+      pairs = [(a_p, b) for a_p in jnp.split(a, num)]
+    parts = zip(jnp.split(x, num, -1), _split(w_IO, num, 0), pairs, strict=True)
+    product = functools.partial(of_part, self.linear)
+    terms = [_apart(product, *each).astype(dtype) for each in parts]
     return _summed(terms, dtype)
 
   def across_parts(self, of_part, x, w_IO, dtype):
@@ -88,6 +88,7 @@ class Joined:
       functools.partial(of_part, self.linear),
       ports.gathered(x, w_IO.places),
       w_IO.kernel,
+      None,
       self.num_parts,
     )
     return ports.gathered(y.astype(dtype))[..., : w_IO.width]
@@ -109,11 +110,10 @@ class Unembed:
       axis=-1,
     )
 
-  def over_parts(self, of_part, x, w_IO, dtype):
+  def over_parts(self, of_part, x, w_IO, dtype, pair=None):
     """Returns the logits of a stored table [D, V], part by part."""
-    return _side_by_side(
-      functools.partial(of_part, self.unembed), x, w_IO, self.num_parts
-    ).astype(dtype)
+    product = functools.partial(of_part, self.unembed)
+    return _side_by_side(product, x, w_IO, pair, self.num_parts).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +190,34 @@ class Experts:
 
 
 def _side_by_side(
-  product: Callable[..., jax.Array], x: jax.Array, w_IO: Any, num_parts: int
+  product: Callable[..., jax.Array],
+  x: jax.Array,
+  w_IO: Any,
+  pair: tuple[jax.Array, jax.Array] | None,
+  num_parts: int,
 ) -> jax.Array:
-  """Returns the products with the parts of a stored kernel, [..., O]."""
-  parts = w_IO.split(_num_here(num_parts), 1)
-  return jnp.concatenate([_apart(product, x, w_Ip) for w_Ip in parts], axis=-1)
+  """Returns the products with the parts of a kernel, [..., O]."""
+  num = _num_here(num_parts)
+  pairs = [None] * num
+  if pair is not None:
+    a, b = pair
+    pairs = [(a, b_p) for b_p in jnp.split(b, num, -1)]
+  return jnp.concatenate(
+    [
+      _apart(product, x, *each)
+      for each in zip(_split(w_IO, num, 1), pairs, strict=True)
+    ],
+    axis=-1,
+  )
+
+
+def _split(w_IO: Any, num: int, axis: int) -> list[Any]:
+  """Returns the parts of a kernel of floats, of a stored one or of none."""
+  if w_IO is None:
+    return [None] * num
+  if isinstance(w_IO, jax.Array):
+    return jnp.split(w_IO, num, axis)
+  return w_IO.split(num, axis)
 
 
 def _num_here(num_parts: int) -> int:

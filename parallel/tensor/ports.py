@@ -47,13 +47,14 @@ class Joined:
     y = jax.lax.psum(self.linear(x, w_IO, None, dtype), AXIS)
     return biased(y, bias_O, dtype)
 
-  def over_parts(self, of_part, x, w_IO, dtype):
+  def over_parts(self, of_part, x, w_IO, dtype, pair=None):
     """Returns the product of a kernel that is cut as one of floats."""
-    return jax.lax.psum(of_part(self.linear, x, w_IO).astype(dtype), AXIS)
+    y = of_part(self.linear, x, w_IO, pair)
+    return jax.lax.psum(y.astype(dtype), AXIS)
 
   def across_parts(self, of_part, x, w_IO, dtype):
     """Returns the product of a kernel of which devices have some outputs."""
-    y = of_part(self.linear, gathered(x, w_IO.places), w_IO.kernel)
+    y = of_part(self.linear, gathered(x, w_IO.places), w_IO.kernel, None)
     return gathered(y.astype(dtype))[..., : w_IO.width]
 
 

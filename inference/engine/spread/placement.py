@@ -19,9 +19,15 @@ import numpy as np
 
 from frozen import format as frozen_format
 from hardware import compilation_cache
-from inference.engine import device_state, engine_config, execution
+from inference.engine import (
+  adapter_table,
+  device_state,
+  engine_config,
+  execution,
+)
 from inference.engine.compiled import programs
 from inference.engine.spread import (
+  adapters as adapters_lib,
   layout as layout_lib,
   refusals,
   results,
@@ -67,6 +73,11 @@ class Placement(programs.Placement, Protocol):
     ...
 
   @property
+  def adapters(self) -> adapter_table.Places:
+    """The devices of a table of adapters."""
+    ...
+
+  @property
   def all_model(self) -> model_config.ModelConfig:
     """The config of the model that the params of all devices belong to."""
     ...
@@ -100,6 +111,7 @@ class OneDevice:
   vocab_size: int
   num_devices = 1
   is_spread = False
+  adapters = adapter_table.WHOLE
 
   def backend(self, backend):
     return backend
@@ -273,6 +285,10 @@ class Spread:
     )
 
   @property
+  def adapters(self):
+    return adapters_lib.Places(self.mesh, self.layout)
+
+  @property
   def all_model(self):
     return self.layout.config(self.layout.num_parts)
 
@@ -329,11 +345,12 @@ class Spread:
   def lower(self, function, *args, **static):
     form = results.forms(self.model)[function]
     given = jax.tree.map(self._abstract, args)
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, given)
     spread = jax.shard_map(
       functools.partial(function, **static),
       mesh=self.mesh,
-      in_specs=jax.tree.map(lambda leaf: leaf.sharding.spec, given),
-      out_specs=form.results,
+      in_specs=specs,
+      out_specs=specs[0] if form.results is None else form.results,
       # Results that all devices have alike are so by what they compute.
       check_vma=False,
     )

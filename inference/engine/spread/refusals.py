@@ -51,12 +51,6 @@ def problem(
 
 
 def _of_config(config: engine_config.EngineConfig) -> tuple[str, str] | None:
-  if config.max_adapters:
-    return (
-      f'{config.max_adapters} places for adapters',
-      'none over several devices; merge the adapter into its base (python -m'
-      ' frozen.adapters merge), or use one device',
-    )
   if config.native == 'on':
     return (
       'engine.native = on',

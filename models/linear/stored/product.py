@@ -29,9 +29,9 @@ Stored = kernel_lib.Kernel | blocks_lib.Blocks
 # is a port for a block of floats.
 Computed = Callable[..., jax.Array]
 
-# (multiply, x, w_IO) -> the product with a part of a kernel; multiply is the
-# port for floats of one part.
-OfPart = Callable[[Any, jax.Array, Any], jax.Array]
+# (multiply, x, w_IO, pair) -> the product with a part of a kernel and of an
+# adapter; multiply is the port for floats of one part.
+OfPart = Callable[[Any, jax.Array, Any, Any], jax.Array]
 
 
 @runtime_checkable
@@ -39,9 +39,23 @@ class Parts(Protocol):
   """A port of products whose kernels are cut into parts, as over devices."""
 
   def over_parts(
-    self, of_part: OfPart, x: jax.Array, w_IO: Any, dtype: Any
+    self,
+    of_part: OfPart,
+    x: jax.Array,
+    w_IO: Any,
+    dtype: Any,
+    pair: tuple[jax.Array, jax.Array] | None = None,
   ) -> jax.Array:
-    """Returns the product, of parts each of which `of_part` computes."""
+    """Returns the product, of parts each of which `of_part` computes.
+
+    Args:
+      of_part: computes one.
+      x: the input.
+      w_IO: a stored kernel or one of floats; None if the pair is all.
+      dtype: of the result.
+      pair: the matrices A [in, ...] and B [..., out] of an adapter, of which
+        the one on the side that is cut is cut, too.
+    """
     ...
 
 
@@ -110,7 +124,7 @@ def linear(
     computed: `Execution.stored`.
   """
 
-  def of_part(multiply: Any, x: jax.Array, w_IO: Stored) -> jax.Array:
+  def of_part(multiply: Any, x: jax.Array, w_IO: Stored, _=None) -> jax.Array:
     return computed(x, w_IO, dtype, multiply).astype(dtype)
 
   y: Any
@@ -142,7 +156,7 @@ def unembed(
     computed: `Execution.stored`.
   """
 
-  def of_part(port: Any, hidden: jax.Array, table_DV: Stored) -> jax.Array:
+  def of_part(port: Any, hidden: jax.Array, table_DV: Stored, _=None):
     def multiply(x, w_IB, _, dtype):
       return port(x, w_IB.T, dtype)
 

@@ -9,7 +9,7 @@ import pytest
 from experiments import pretrain
 from frozen import stored_kernels
 from hardware import compile_ahead, hlo, peaks, targets
-from inference.engine import device_state, engine_config
+from inference.engine import adapter_table, device_state, engine_config
 from inference.engine.spread import placement as placement_lib
 from inference.planning import plan as plan_lib, report, subject
 from tests.helpers import commands, frozen_dirs, tiny_models
@@ -50,6 +50,45 @@ def test_weights_of_a_device_are_those_that_the_engine_places(kind, tensor):
   )
   params = device_state.unread(reference_engine.params(kind))
   assert planned.weight_bytes == placement.num_bytes(params)
+
+
+@pytest.mark.parametrize('tensor', [1, 4])
+def test_adapters_of_a_device_are_those_of_the_engines_table(tensor):
+  room = {'max_adapters': 3, 'max_adapter_rank': 2}
+  planned = plan_lib.make(
+    _subject('odd_heads'), 'cpu:4', tensor=tensor, is_compiled=False, **room
+  )
+  params = reference_engine.params('odd_heads')
+  config = engine_config.EngineConfig(tensor=tensor, **room)
+  placement = placement_lib.make(
+    config, planned.config, device_state.unread(params), vocab_size=261
+  )
+  table = adapter_table.made(config, params, 'float32', placement.adapters)
+  assert planned.adapter_bytes == table.num_bytes > 0
+  bare = dataclasses.replace(planned, num_adapters=0)
+  assert planned.bytes_of(2, 9) - bare.bytes_of(2, 9) == table.num_bytes
+  assert planned.step_bytes(2, 9) - bare.step_bytes(2, 9) == table.num_bytes
+  assert 'for 3 of rank 2' in report.report(planned)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_with_adapters_sends_no_more():
+  with_them, without = (
+    plan_lib.make(_subject('odd_heads'), 'cpu:4', tensor=4, max_adapters=num)
+    for num in (2, 0)
+  )
+  counts = []
+  for planned in (with_them, without):
+    assert isinstance(planned.compiled, compile_ahead.Program)
+    stream = planned.compiled_sequences * planned.config.model_width * 4
+    counts.append(
+      sum(
+        each.count
+        for each in planned.compiled.traffic.collectives
+        if each.payload_bytes >= stream
+      )
+    )
+  assert counts[0] == counts[1] == with_them.sums_per_step
 
 
 def _stored(scheme):
