@@ -95,6 +95,23 @@ class Joined:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadsMeanSquare:
+  """The port `heads_mean_square`: heads are split over the parts."""
+
+  by_row: Callable[..., Any]
+  whole: ports.HeadsMeanSquare
+  num_parts: int
+
+  def __call__(self, x, name):
+    def summed(x):
+      return self.by_row(lambda x: jnp.sum(x * x, axis=-1, keepdims=True), x)
+
+    parts = jnp.split(x, _num_here(self.num_parts), -1)
+    terms = [_apart(summed, x_p) for x_p in parts]
+    return _summed(terms, jnp.float32) / self.whole.count(name)
+
+
+@dataclasses.dataclass(frozen=True)
 class Unembed:
   """The port `unembed`: rows of the head are split over the parts."""
 
@@ -133,6 +150,8 @@ class AttendCached:
 
     def pages_of(part: int):
       def own(pool):
+        if pool.shape[2] == 1:  # latents, which all heads read
+          return pool
         per_part = pool.shape[2] // num
         return pool[:, :, part * per_part : (part + 1) * per_part]
 
@@ -145,6 +164,20 @@ class AttendCached:
       for part, q_1TpC in enumerate(jnp.split(q_1THC, num, 2))
     ]
     return jnp.concatenate(outs, axis=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByHead:
+  """The port `by_head`: heads are split over the parts."""
+
+  num_parts: int
+
+  def __call__(self, function, x_BTHI, w_UHC):
+    num = _num_here(self.num_parts)
+    parts = zip(
+      jnp.split(x_BTHI, num, 2), jnp.split(w_UHC, num, 1), strict=True
+    )
+    return jnp.concatenate([_apart(function, *each) for each in parts], axis=2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ devices send is written here:
     stored in fewer bits and its inputs cannot be split (`across_parts`), the
     inputs of all devices, and then their outputs;
   - after the experts of a mixture: a sum;
+  - before a norm over all heads together: a sum per token of squares;
   - after the embedding, of which each device has some rows: a sum.
 
 Logits stay where they are: `inference.sampling.vocabulary` samples from them.
@@ -56,6 +57,25 @@ class Joined:
     """Returns the product of a kernel of which devices have some outputs."""
     y = of_part(self.linear, gathered(x, w_IO.places), w_IO.kernel, None)
     return gathered(y.astype(dtype))[..., : w_IO.width]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsMeanSquare:
+  """The port `heads_mean_square`: heads are split.
+
+  Heads of zeros add nothing, and a key head counts as often as it is copied.
+  """
+
+  queries: int  # numbers of which the mean is, of all devices
+  keys: int
+
+  def __call__(self, x, name):
+    total = jax.lax.psum(jnp.sum(x * x, axis=-1, keepdims=True), AXIS)
+    return total / self.count(name)
+
+  def count(self, name: str) -> int:
+    """Returns the numbers of which the mean is."""
+    return {'query_norm': self.queries, 'key_norm': self.keys}[name]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,8 @@ import numpy as np
 from models import axes, layout as model_layout, model_config
 from parallel.tensor import heads as heads_lib, ports
 
+# Norms over all heads together, and the logical axes of their scales.
+_NORMS_OF_HEADS = {'query_norm': 'heads', 'key_norm': 'kv_heads'}
 _WORD = 32  # ids of a word of bits, see `penalties.allow`
 
 
@@ -60,6 +62,18 @@ class Layout:
       vocab_size=shared('vocab', model.vocab_size),
       spare_ids=tuple((a, b) for a, b in _merged(spare) if a < b),
     )
+
+  def names_of(self, path: Any, leaf: Any) -> tuple[str | None, ...]:
+    """Returns the logical axes of a parameter, as a model in parts has it.
+
+    Args:
+      path: of the parameter.
+      leaf: the parameter, or its shape.
+    """
+    owner = axes.names(path)[-2]
+    if self.model.qk_norm_whole and owner in _NORMS_OF_HEADS:
+      return (_NORMS_OF_HEADS[owner],)
+    return axes.names_of(path, leaf)
 
   def shape(self, leaf: Any, names: Any) -> jax.ShapeDtypeStruct:
     """Returns the shape of a parameter of all parts.

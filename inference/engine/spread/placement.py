@@ -183,10 +183,19 @@ class Spread:
       masked=ports.Masked(given.masked),
       expert_groups=self.mesh.shape[ports.EXPERT],
     )
+    heads, width = self.layout.heads, self.layout.model.head_width
+    mean_square = ports.HeadsMeanSquare(
+      heads.num_heads * width, heads.num_kv_heads * heads.copies * width
+    )
     if self.is_invariant:
       spread = dataclasses.replace(
         spread,
+        heads_mean_square=by_part.HeadsMeanSquare(
+          given.by_row, mean_square, num
+        ),
         linear=by_part.Linear(given.linear, num),
+        shared=given.linear,
+        by_head=by_part.ByHead(num),
         joined=by_part.Joined(given.linear, num),
         unembed=by_part.Unembed(given.unembed, num),
         attend_cached=by_part.AttendCached(given.attend_cached, num),
@@ -197,6 +206,7 @@ class Spread:
     else:
       spread = dataclasses.replace(
         spread,
+        heads_mean_square=mean_square,
         joined=ports.Joined(given.linear),
         apply_experts=ports.Experts(given.apply_experts),
       )
@@ -220,7 +230,7 @@ class Spread:
     def placed(path, leaf):
       if stored_tree.is_stored(leaf):
         return stored_lib.cut(self.layout, path, leaf).shapes(self.mesh)
-      names = axes.names_of(path, leaf)
+      names = self.layout.names_of(path, leaf)
       shape = {'/'.join(axes.names(path)): self.layout.shape(leaf, names)}
       sharding = rules.shardings(
         self.mesh, shape, dict.fromkeys(shape, names), rules.SERVING
@@ -239,7 +249,7 @@ class Spread:
     cuts = stored_lib.cuts(self.layout, shapes)
     wanted = frozen_format.leaves_by_path(self.shapes(None, params))
     named = {
-      '/'.join(axes.names(path)): axes.names_of(path, leaf)
+      '/'.join(axes.names(path)): self.layout.names_of(path, leaf)
       for path, leaf in jax.tree_util.tree_leaves_with_path(
         shapes, is_leaf=stored_tree.is_stored
       )
@@ -298,7 +308,7 @@ class Spread:
       if stored_tree.is_stored(like):
         cut = stored_lib.cut(self.layout, path, like)
         return cut.of_model(leaf, _OfModel)
-      names = axes.names_of(path, like)
+      names = self.layout.names_of(path, like)
       return _OfModel(
         leaf,
         like.shape,

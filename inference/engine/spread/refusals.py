@@ -70,18 +70,6 @@ def _of_model(
       'experts of floats over several devices; serve the directory that was'
       ' quantised, or use one device',
     )
-  if model.qk_norm_whole:
-    return (
-      'a model that normalises the queries of all heads together'
-      ' (qk_norm_whole)',
-      'norms of each head; use one device',
-    )
-  if model.latent_width and config.numerics == 'invariant':
-    return (
-      'latent attention with invariant numerics',
-      'fast numerics: every device computes whole latents; use one device, or'
-      ' numerics=fast',
-    )
   if model.expert_width % config.num_parts:
     return (
       f'experts of width {model.expert_width}',

@@ -26,7 +26,13 @@ def _placement(kind, num_devices, params=None, experts=1):
 
 @pytest.mark.parametrize(
   ('kind', 'experts'),
-  [('odd_heads', 1), ('gpt2', 1), ('mixture', 1), ('mixture', 2)],
+  [
+    ('odd_heads', 1),
+    ('gpt2', 1),
+    ('whole_norms', 1),
+    ('mixture', 1),
+    ('mixture', 2),
+  ],  # fmt: skip
 )
 @pytest.mark.parametrize('num_devices', [2, 4])
 def test_weights_are_those_of_the_model_again(kind, experts, num_devices):
@@ -98,10 +104,6 @@ def test_a_frozen_directory_is_read_into_its_places(tmp_path):
     (
       {}, {'tensor': 2, 'experts': 2},
       'engine.experts = 2 of a model without experts',
-    ),
-    (
-      {'qk_norm': True, 'qk_norm_whole': True}, {'tensor': 2},
-      'qk_norm_whole.*expected norms of each head',
     ),
   ],
 )  # fmt: skip
