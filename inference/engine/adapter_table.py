@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from checks import expect
-from inference.engine import engine_config
+from inference.engine import device_state, engine_config
 from models import layout
 from models.layers import adapters as adapters_lib
 from models.linear.stored import tree as stored_tree
@@ -45,6 +45,15 @@ class Places(Protocol):
 
   def row(self, row: Table, table: Table) -> Table:
     """Returns an adapter of `padded` on the devices of a table."""
+    ...
+
+
+class Placement(Protocol):
+  """The devices of an engine, see `inference.engine.spread`."""
+
+  @property
+  def adapters(self) -> Places:
+    """The devices of its table."""
     ...
 
 
@@ -224,17 +233,17 @@ class AdapterTable:
 
 def made(
   config: engine_config.EngineConfig,
-  params: Any,
+  params: device_state.Unread,
   dtype: Any,
-  places: Places = WHOLE,
+  placement: Placement,
 ) -> AdapterTable:
   """Returns the empty table of an engine, see `AdapterTable`."""
   return AdapterTable(
-    params,
+    params.shapes,
     num_adapters=config.max_adapters or 0,
     rank=config.max_adapter_rank or 0,
     dtype=dtype,
-    places=places,
+    places=placement.adapters,
   )
 
 

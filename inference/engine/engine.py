@@ -123,9 +123,8 @@ class Engine:
     backend = placement_lib.backend_of(self.placement, config, params, dtype)
     self.draft, backend = making.made(draft, config, self.placement, backend)
     self.backend = backend
-    places = self.placement.adapters
     with jax.default_device(self.device):
-      self.adapters = adapter_table.made(config, params.shapes, dtype, places)
+      self.adapters = adapter_table.made(config, params, dtype, self.placement)
     others = self.adapters.num_bytes + making.num_bytes(self.draft)
     pool = pool_lib.sized(self.placement, config, backend, params, others)
     self.page_bytes = pool.page_bytes

@@ -58,12 +58,10 @@ def test_adapters_of_a_device_are_those_of_the_engines_table(tensor):
   planned = plan_lib.make(
     _subject('odd_heads'), 'cpu:4', tensor=tensor, is_compiled=False, **room
   )
-  params = reference_engine.params('odd_heads')
+  params = device_state.unread(reference_engine.params('odd_heads'))
   config = engine_config.EngineConfig(tensor=tensor, **room)
-  placement = placement_lib.make(
-    config, planned.config, device_state.unread(params), vocab_size=261
-  )
-  table = adapter_table.made(config, params, 'float32', placement.adapters)
+  placement = placement_lib.make(config, planned.config, params, vocab_size=261)
+  table = adapter_table.made(config, params, 'float32', placement)
   assert planned.adapter_bytes == table.num_bytes > 0
   bare = dataclasses.replace(planned, num_adapters=0)
   assert planned.bytes_of(2, 9) - bare.bytes_of(2, 9) == table.num_bytes
