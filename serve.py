@@ -86,6 +86,8 @@ _HEEDED_BY = {
   'config': ('plan',),
   'engine.tensor': _WAYS,
   'engine.experts': _WAYS,
+  'engine.max_adapters': _WAYS,
+  'engine.max_adapter_rank': _WAYS,
   'compilation_cache': _ENGINE.ways,
 }
 

@@ -20,6 +20,7 @@ A logical axis names the meaning of an axis of a parameter or an activation.
 Only `parallel/rules.py` knows the mesh axis, if any, that splits it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -82,13 +83,25 @@ ADAPTERS = 'adapters'
 RANK = 'rank'
 
 
-def param_axes(params: Any) -> Any:
+def param_axes(
+  params: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
   """Returns a tuple of axis names, or None, for every parameter, as a tree.
+
+  Args:
+    params: arrays or shapes.
+    is_leaf: whether a node counts as one parameter: a stored kernel then has
+      the axes of the floats in its place.
 
   Raises:
     ValueError: a parameter that this file does not know.
   """
-  return jax.tree_util.tree_map_with_path(_leaf_axes, params)
+  return jax.tree_util.tree_map_with_path(_leaf_axes, params, is_leaf=is_leaf)
+
+
+def names_of(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
+  """Returns the logical axes of one parameter; raises as `param_axes`."""
+  return _leaf_axes(path, leaf)
 
 
 def names(path: tuple[Any, ...]) -> list[str]:

@@ -46,6 +46,10 @@ LogSoftmax = Callable[..., jax.Array]
 # (function, x[..., I]) -> function(x), for a function of each row [I] by
 # itself.
 ByRow = Callable[..., Any]
+ByHead = Callable[..., jax.Array]
+# (x[..., I], name) -> the mean of the squares of all heads [..., 1], float32;
+# name is that of the norm, query_norm or key_norm.
+HeadsMeanSquare = Callable[[jax.Array, str], jax.Array]
 # (x_BTD, ids_BTA, gates_BTA, kernels, dtype) -> y_BTD, see
 # models/moe/dispatch.py.
 ApplyExperts = Callable[..., jax.Array]
@@ -58,6 +62,15 @@ RunLayers = Callable[..., tuple[jax.Array, Any]]
 def at_once(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
   """Applies a function of rows to all rows together."""
   return function(x)
+
+
+def on_all_heads(
+  function: Callable[[jax.Array, jax.Array], jax.Array],
+  x_BTHI: jax.Array,
+  w_UHC: jax.Array,
+) -> jax.Array:
+  """Applies a function of heads to all heads together."""
+  return function(x_BTHI, w_UHC)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +92,9 @@ class Execution:
   # Of the products whose results are added to the stream, `out` and `down`:
   # devices may each hold some of their inputs. None: as `linear`.
   joined: Linear | None = None
+  # Of the products whose results every head reads, in latent attention. None:
+  # as `linear`.
+  shared: Linear | None = None
   exact_linear: Linear = plain.exact_linear  # for routers
   look_up: LookUp = table.look_up  # of the embedding
   unembed: Unembed = plain.unembed
@@ -87,6 +103,11 @@ class Execution:
   # Of kernels and tables in fewer bits.
   stored: stored_product.Computed = stored_product.in_blocks
   by_row: ByRow = at_once  # for sums within a row: norms and routing
+  # Of products of each head by itself, (function, x_BTHI, w_UHC) -> y_BTHO.
+  by_head: ByHead = on_all_heads
+  # Of norms over all heads together, which devices may share. None: all heads
+  # are here, and such a norm is as any other.
+  heads_mean_square: HeadsMeanSquare | None = None
   # Whether the backward pass computes the activation of an MLP again from its
   # input: a pass over memory costs an accelerator more than a tanh.
   recomputes_activation: bool = False

@@ -19,19 +19,55 @@ Reference: S-LoRA, arXiv:2311.03285 (many adapters on one base).
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any
+import math
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from checks import expect
-from inference.engine import engine_config
+from inference.engine import device_state, engine_config
 from models import layout
 from models.layers import adapters as adapters_lib
 from models.linear.stored import tree as stored_tree
 
 Table = dict[str, Any]  # of `models.layers.adapters.table`
+
+
+class Places(Protocol):
+  """The devices of a table."""
+
+  def laid_out(self, shapes: Table) -> Table:
+    """Returns the shapes of a table on its devices, from those of the model."""
+    ...
+
+  def row(self, row: Table, table: Table) -> Table:
+    """Returns an adapter of `padded` on the devices of a table."""
+    ...
+
+
+class Placement(Protocol):
+  """The devices of an engine, see `inference.engine.spread`."""
+
+  @property
+  def adapters(self) -> Places:
+    """The devices of its table."""
+    ...
+
+
+class _Whole:
+  """One device."""
+
+  def laid_out(self, shapes):
+    return shapes
+
+  def row(self, row, table):
+    return jax.device_put(row, jax.tree.leaves(table)[0].sharding)
+
+
+WHOLE = _Whole()
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,7 +84,15 @@ class Loaded:
 class AdapterTable:
   """The adapters of one engine; belongs to the thread of the engine."""
 
-  def __init__(self, params: Any, *, num_adapters: int, rank: int, dtype: Any):
+  def __init__(
+    self,
+    params: Any,
+    *,
+    num_adapters: int,
+    rank: int,
+    dtype: Any,
+    places: Places = WHOLE,
+  ):
     """Makes an empty table.
 
     Args:
@@ -56,14 +100,17 @@ class AdapterTable:
       num_adapters: slots, besides that of the base; 0: there is no table.
       rank: largest rank.
       dtype: of the computation.
+      places: the devices of the table.
     """
     self.num_adapters, self.rank = num_adapters, rank
+    self._places = places
     self._base = Loaded('', 0, 0)
     self._loaded = {'': self._base}
     self._free = list(range(1, num_adapters + 1))
     self.table: Table | None = None
     if num_adapters:
-      self.table = _empty(layer_shapes(params), num_adapters + 1, rank, dtype)
+      self._shapes = _shapes(params, num_adapters, rank, dtype)
+      self.table = _made(places.laid_out(self._shapes))
     # (table, slot, tree) -> table; compiled by the engine.
     self.put: Callable[[Table, int, Table], Table] = put
 
@@ -80,7 +127,7 @@ class AdapterTable:
 
   @property
   def num_bytes(self) -> int:
-    """Bytes of the table."""
+    """Bytes of the table, on one device."""
     return _num_bytes(self.table)
 
   def find(self, digest: str) -> Loaded:
@@ -175,8 +222,9 @@ class AdapterTable:
         'adapter: got one to load, expected none: this engine has no slots for'
         ' adapters; set engine.max_adapters'
       )
-    row = padded(tree, self.table, rank=self.rank)
-    return jax.device_put(row, jax.tree.leaves(self.table)[0].sharding)
+    return self._places.row(
+      padded(tree, self._shapes, rank=self.rank), self.table
+    )
 
   def _shown(self) -> str:
     shown = [each[:16] for each in self.digests]
@@ -184,14 +232,18 @@ class AdapterTable:
 
 
 def made(
-  config: engine_config.EngineConfig, params: Any, dtype: Any
+  config: engine_config.EngineConfig,
+  params: device_state.Unread,
+  dtype: Any,
+  placement: Placement,
 ) -> AdapterTable:
   """Returns the empty table of an engine, see `AdapterTable`."""
   return AdapterTable(
-    params,
+    params.shapes,
     num_adapters=config.max_adapters or 0,
     rank=config.max_adapter_rank or 0,
     dtype=dtype,
+    places=placement.adapters,
   )
 
 
@@ -225,17 +277,42 @@ def layer_shapes(params: Any) -> dict[str, tuple[int, int]]:
   return found
 
 
-def num_bytes(params: Any, *, num_adapters: int, rank: int, dtype: Any) -> int:
-  """Returns the bytes of a table; arguments as of `AdapterTable`."""
-  layers = layer_shapes(params)
+def num_bytes(
+  params: Any,
+  *,
+  num_adapters: int,
+  rank: int,
+  dtype: Any,
+  places: Places = WHOLE,
+) -> int:
+  """Returns the bytes of a table on a device; arguments as `AdapterTable`'s."""
   return _num_bytes(
-    jax.eval_shape(lambda: _empty(layers, num_adapters + 1, rank, dtype))
+    shapes(
+      params, num_adapters=num_adapters, rank=rank, dtype=dtype, places=places
+    )
   )
 
 
+def shapes(
+  params: Any,
+  *,
+  num_adapters: int,
+  rank: int,
+  dtype: Any,
+  places: Places = WHOLE,
+) -> Table:
+  """Returns the shapes of a table as it lies; arguments as `AdapterTable`'s."""
+  return places.laid_out(_shapes(params, num_adapters, rank, dtype))
+
+
 def _num_bytes(table: Table | None) -> int:
-  leaves = jax.tree.leaves(table)
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  def of(leaf: Any) -> int:
+    sharding, shape = leaf.sharding, leaf.shape
+    if sharding is not None:
+      shape = sharding.shard_shape(shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+  return sum(map(of, jax.tree.leaves(table)))
 
 
 def padded(tree: adapters_lib.Tree, like: Any, *, rank: int) -> Table:
@@ -288,8 +365,8 @@ def alone(
     rank: that the engine pads to.
     dtype: of the computation.
   """
-  table = jax.eval_shape(lambda: _empty(layer_shapes(params), 1, rank, dtype))
-  return jax.tree.map(jnp.asarray, padded(tree, table, rank=rank))
+  shapes = _shapes(params, 0, rank, dtype)
+  return jax.tree.map(jnp.asarray, padded(tree, shapes, rank=rank))
 
 
 def _check_entry(
@@ -315,29 +392,43 @@ def _check_entry(
     )
 
 
-def _empty(
-  layers: Mapping[str, tuple[int, int]], num_slots: int, rank: int, dtype: Any
-) -> Table:
-  def entry(path: str, width: int, out: int) -> dict[str, jax.Array]:
+def _shapes(params: Any, num_adapters: int, rank: int, dtype: Any) -> Table:
+  """Returns the shapes of a table; arguments as of `AdapterTable`."""
+  num_slots = num_adapters + 1
+
+  def entry(path: str, width: int, out: int) -> dict[str, Any]:
     # A router is computed in float32 in every dtype.
     kind = jnp.float32 if path.endswith('/router') else dtype
+    shapes = {
+      'a': (width, num_slots, rank),
+      'b': (num_slots, rank, out),
+      'gain': (num_slots, out),
+    }
     return {
-      'a': jnp.zeros((width, num_slots, rank), kind),
-      'b': jnp.zeros((num_slots, rank, out), kind),
-      'gain': jnp.ones((num_slots, out), kind),
+      name: jax.ShapeDtypeStruct(shape, kind) for name, shape in shapes.items()
     }
 
   return adapters_lib.nested(
-    {path: entry(path, *shape) for path, shape in layers.items()}
+    {path: entry(path, *shape) for path, shape in layer_shapes(params).items()}
   )
 
 
+def _made(shapes: Table) -> Table:
+  """Returns a table without adapters."""
+
+  def array(path, leaf):
+    fill = jnp.ones if path[-1].key == 'gain' else jnp.zeros
+    return fill(leaf.shape, leaf.dtype, device=leaf.sharding)
+
+  return jax.tree_util.tree_map_with_path(array, shapes)
+
+
 def row_shapes(table: Table) -> Table:
-  """Returns the shapes of `padded` for a table."""
+  """Returns the shapes of `padded` for a table, as they lie beside it."""
 
   def shape(leaf, axis):
     kept = leaf.shape[:axis] + leaf.shape[axis + 1 :]
-    return jax.ShapeDtypeStruct(kept, leaf.dtype)
+    return jax.ShapeDtypeStruct(kept, leaf.dtype, sharding=_without(leaf, axis))
 
   return adapters_lib.nested(
     {
@@ -349,6 +440,15 @@ def row_shapes(table: Table) -> Table:
       for path, place in adapters_lib.entries(table)
     }
   )
+
+
+def _without(leaf: Any, axis: int) -> NamedSharding | None:
+  """Returns how an entry of an array of a mesh lies, without an axis."""
+  if not isinstance(leaf.sharding, NamedSharding):
+    return None
+  spec = list(leaf.sharding.spec)
+  del spec[axis]
+  return NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec))
 
 
 def put(table: Table, slot: Any, tree: Table) -> Table:

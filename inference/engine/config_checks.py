@@ -88,8 +88,15 @@ def over_processes(config: Any) -> None:
   Raises:
     ValueError: it wants something that works in one process only.
   """
-  if config.prefill_engines:
-    raise ValueError(
-      f'engine.prefill_engines: got {config.prefill_engines} over several'
-      ' processes, expected 0; start one process, or leave it out'
-    )
+  for name, fix in (
+    ('prefill_engines', 'leave it out'),
+    (
+      'max_adapters',
+      'merge the adapter into its base (python -m frozen.adapters merge)',
+    ),
+  ):
+    if value := getattr(config, name):
+      raise ValueError(
+        f'engine.{name}: got {value} over several processes, expected 0; start'
+        f' one process, or {fix}'
+      )

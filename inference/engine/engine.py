@@ -124,7 +124,7 @@ class Engine:
     self.draft, backend = making.made(draft, config, self.placement, backend)
     self.backend = backend
     with jax.default_device(self.device):
-      self.adapters = adapter_table.made(config, params.shapes, dtype)
+      self.adapters = adapter_table.made(config, params, dtype, self.placement)
     others = self.adapters.num_bytes + making.num_bytes(self.draft)
     pool = pool_lib.sized(self.placement, config, backend, params, others)
     self.page_bytes = pool.page_bytes

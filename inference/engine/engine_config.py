@@ -144,7 +144,8 @@ class EngineConfig:
     ' floats of 64 MiB or more: auto (native code, built once with the C++'
     ' compiler that is installed; plain JAX without one), on (native code for'
     ' floats of any size, or an error) or off (plain JAX). Native code has'
-    ' float32 sums in every dtype.',
+    ' float32 sums in every dtype. Engines of several devices compute in plain'
+    ' JAX.',
   )
   decode_steps: int = flag_field.field(
     32,

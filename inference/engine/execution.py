@@ -54,13 +54,14 @@ class Backend(NamedTuple):
     Raises:
       ValueError: the native product is asked for, and cannot be.
     """
+    if config.num_parts > 1:  # the placement has the ports of parts
+      return self._replace(products=native_choice.PLAIN)
     chosen = native_choice.choose(
       config.native,
       params,
       dtype,
       platform,
-      # Invariant products and those of several devices have their own ports.
-      has_floats=config.numerics == 'fast' and config.num_parts == 1,
+      has_floats=config.numerics == 'fast',  # invariant ones have own ports
       is_transposed=self.has_transposed_kernels,
     )
     ports = {

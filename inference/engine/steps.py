@@ -371,7 +371,7 @@ def routed(
   """Returns variables in which each token of a step has its adapter."""
   if slots_1T is None:
     return variables
-  is_apart = execution.linear is invariant.linear
+  is_apart = execution.by_row is invariant.by_row
   table = adapters_lib.routed(
     variables[adapters_lib.COLLECTION], slots_1T, is_apart=is_apart
   )

@@ -13,11 +13,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from hardware import compile_ahead
-from inference.engine import device_state, engine_config, execution, steps
+from inference.engine import (
+  adapter_table,
+  device_state,
+  engine_config,
+  execution,
+  steps,
+)
 from inference.engine.compiled import layouts, lowering
 from inference.engine.spread import placement as placement_lib
 from inference.planning import subject as subject_lib
-from models import transformer
+from models import axes, transformer
 
 _Found = compile_ahead.Program | compile_ahead.OutOfMemory
 
@@ -73,15 +79,25 @@ def decode_step(
     kv_dtype=backend.kv_dtype,
     channels=backend.channels,
   )
+  weights = placement.shapes(backend, params)
+  if config.max_adapters:
+    table = adapter_table.shapes(
+      params.shapes,
+      num_adapters=config.max_adapters,
+      rank=config.max_adapter_rank or 0,
+      dtype=dtype,
+      places=placement.adapters,
+    )
+    weights = {**weights, axes.ADAPTERS: table}
   lowered = lowering.Lowering(
     model=computed,
-    params=put(placement.shapes(backend, params)),
+    params=put(weights),
     state=put(state),
     layouts=layouts.Layouts(
       chunk_tokens=config.chunk_tokens,
       table_width=config.table_width(served.max_length),
       sample_sizes=[count],
-      has_adapters=False,
+      has_adapters=bool(config.max_adapters),
       is_layered=False,
     ),
     placement=placement,

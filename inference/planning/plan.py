@@ -18,21 +18,29 @@ are left over hold replicas.
 """
 
 import bisect
+from collections.abc import Mapping
 import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from checks import expect
 from frozen import stored_kernels
 from hardware import compile_ahead, peaks as peaks_lib, targets
-from inference.engine import engine_config
-from inference.engine.spread import layout as layout_lib, refusals
+from inference.engine import adapter_table, engine_config
+from inference.engine.spread import (
+  adapters as adapters_lib,
+  layout as layout_lib,
+  refusals,
+  stored as stored_lib,
+)
 from inference.planning import compiled as compiled_lib, subject as subject_lib
 from models import flops, kv_cache, model_config
 from models.linear.stored import tree as stored_tree
+from parallel import mesh as mesh_lib, parallel_config
 
 # Share of the memory left free, for activations, the runtime, and everything
 # else that no formula knows.
@@ -53,6 +61,8 @@ class Plan:
   tensor: int = 1  # devices that share the model
   # Smaller plans of the same generation, from one device on; see `smallest`.
   slices: tuple[tuple[str, int], ...] = ()  # (name, number of devices)
+  num_adapters: int = 0  # places for adapters beside the weights
+  adapter_rank: int = 0
   # Of kernels in fewer bits: the bytes that they save in memory, and in the
   # reads of a step.
   saved_bytes: int = 0
@@ -78,21 +88,73 @@ class Plan:
   @functools.cached_property
   def part(self) -> model_config.ModelConfig:
     """The model that one device computes."""
-    if self.tensor == 1:
-      return self.config
-    layout = layout_lib.Layout(
+    return self.config if self.tensor == 1 else self._layout.config(1)
+
+  @property
+  def _layout(self) -> layout_lib.Layout:
+    return layout_lib.Layout(
       model=self.config,
       vocab_size=self.config.vocab_size,
       num_parts=self.tensor,
     )
-    return layout.config(1)
+
+  @functools.cached_property
+  def _cuts(self) -> Mapping[str, stored_lib.Cut]:
+    """How devices share each kernel in fewer bits, by path."""
+    if self.tensor == 1 or self.subject.quantization == stored_kernels.NONE:
+      return {}
+    shapes = layout_lib.separate(self.subject.shapes(), self.config)
+    return stored_lib.cuts(self._layout, shapes)
+
+  @functools.cached_property
+  def _saved(self) -> tuple[int, int]:
+    """The bytes that kernels in fewer bits save a device, and of its reads."""
+    if self.tensor == 1:
+      return self.saved_bytes, self.saved_bytes_of_step
+    saved = {
+      path: self.itemsize * cut.num_weights(self.tensor)
+      - cut.num_bytes(self.tensor)
+      for path, cut in self._cuts.items()
+    }
+    return _with_reads(saved, self.config)
+
+  @property
+  def across(self) -> list[stored_lib.Cut]:
+    """Kernels whose inputs and outputs are sent in place of their terms."""
+    return [cut for cut in self._cuts.values() if cut.is_across]
 
   @functools.cached_property
   def weight_bytes(self) -> int:
     """Bytes of all weights that a device has."""
+    saved, _ = self._saved
     if self.tensor == 1:
-      return self.subject.num_params * self.itemsize - self.saved_bytes
-    return flops.num_params(self.part) * self.itemsize
+      return self.subject.num_params * self.itemsize - saved
+    return flops.num_params(self.part) * self.itemsize - saved
+
+  @functools.cached_property
+  def adapter_bytes(self) -> int:
+    """Bytes of the table of adapters that a device has."""
+    if not self.num_adapters:
+      return 0
+    places: adapter_table.Places = adapter_table.WHOLE
+    if self.tensor > 1:
+      sizes = parallel_config.ParallelConfig(tensor=self.tensor).sizes(
+        self.tensor
+      )
+      mesh = AbstractMesh(sizes, mesh_lib.AXES)  # no device has to be there
+      places = adapters_lib.Places(mesh, self._layout)
+    return adapter_table.num_bytes(
+      self.subject.shapes(),
+      num_adapters=self.num_adapters,
+      rank=self.adapter_rank,
+      dtype=self.dtype,
+      places=places,
+    )
+
+  @property
+  def held_bytes(self) -> int:
+    """Bytes of weights and adapters that a device has."""
+    return self.weight_bytes + self.adapter_bytes
 
   @property
   def num_replicas(self) -> int:
@@ -107,16 +169,21 @@ class Plan:
     return config.num_layers * rows * width * self.itemsize
 
   def bytes_of(self, num_sequences: int, length: int) -> float:
-    """Returns the bytes of weights and of sequences with `length` tokens."""
+    """Returns the bytes of a device: weights, adapters and sequences.
+
+    Args:
+      num_sequences: of `length` tokens each.
+      length: tokens of a sequence.
+    """
     # Float32 logits, and a copy of them: the weights of the sampler's search.
     logits = 2 * 4 * num_sequences * self.part.vocab_size
     cache = num_sequences * length * self.kv_bytes_per_token
-    return self.weight_bytes + cache + logits
+    return self.held_bytes + cache + logits
 
   def num_sequences(self, length: int) -> int:
     """Returns how many sequences with `length` tokens fit; may be 0."""
-    room = self.peaks.memory_bytes * (1 - _MARGIN) - self.weight_bytes
-    each = self.bytes_of(1, length) - self.weight_bytes
+    room = self.peaks.memory_bytes * (1 - _MARGIN) - self.held_bytes
+    each = self.bytes_of(1, length) - self.held_bytes
     return max(int(room // each), 0)
 
   def step_bytes(self, num_sequences: int, context: float) -> float:
@@ -135,14 +202,17 @@ class Plan:
       )
       weights += (taken - config.num_active_experts) * each
     cache = num_sequences * context * self.kv_bytes_per_token
-    return weights * self.itemsize - self.saved_bytes_of_step + cache
+    _, saved = self._saved
+    # A step computes with all places for adapters.
+    return weights * self.itemsize - saved + self.adapter_bytes + cache
 
   @property
   def sums_per_step(self) -> int:
     """The sums over devices in a decode step, sampling left out.
 
     One after attention and one after the MLP or the experts of each layer, one
-    after shared experts, and one of the embedding (`parallel.tensor.ports`).
+    after shared experts, and one of the embedding (`parallel.tensor.ports`),
+    less those that kernels of `across` do without.
     """
     if self.tensor == 1:
       return 0
@@ -151,26 +221,31 @@ class Plan:
     with_shared = bool(config.num_shared_experts) * sum(
       layer.has_experts for layer in layers
     )
-    return 2 * config.num_layers + with_shared + 1
+    return 2 * config.num_layers + with_shared + 1 - len(self.across)
 
   def sent_bytes(self, num_tokens: int) -> float:
     """Returns the bytes that a device sends in a step of so many tokens."""
-    payload = num_tokens * self.config.model_width * self.itemsize
-    share = 2 * (self.tensor - 1) / self.tensor  # of a sum over a ring
-    return self.sums_per_step * payload * share
+    width, share = self.config.model_width, (self.tensor - 1) / self.tensor
+    # Over a ring; a sum passes it twice.
+    numbers = 2 * self.sums_per_step * width
+    numbers += sum(cut.width_in + width for cut in self.across)
+    return num_tokens * self.itemsize * numbers * share
 
   @property
   def sends_no_weight(self) -> bool:
     """Whether no collective of the compiled step is larger than the stream.
 
-    The stream of a step is the largest array that devices should exchange.
+    The stream of a step, or the inputs of a kernel of `across`, is the largest
+    array that devices should exchange.
     """
     if not isinstance(self.compiled, compile_ahead.Program):
       return True
     # A backend may add in float32, and sends the sums of routed and of shared
     # experts as one.
     joined = 2 if self.config.num_shared_experts else 1
-    most = 4 * joined * self.compiled_sequences * self.config.model_width
+    widths = [cut.width_in for cut in self.across]
+    widest = max([joined * self.config.model_width, *widths])
+    most = 4 * self.compiled_sequences * widest
     return all(
       each.payload_bytes <= most for each in self.compiled.traffic.collectives
     )
@@ -270,6 +345,8 @@ def make(
   tensor: int | None = None,
   experts: int = 1,
   is_compiled: bool = True,
+  max_adapters: int = 0,
+  max_adapter_rank: int | None = None,
 ) -> Plan:
   """Returns the plan for a model.
 
@@ -279,6 +356,9 @@ def make(
     tensor: devices that share the model; None: as many as give the most tokens
       per second, see `chosen`.
     experts: groups of these devices that share the experts of a mixture.
+    is_compiled: whether the decode step is compiled for the target.
+    max_adapters: places for adapters.
+    max_adapter_rank: of each; None: as in an engine.
 
   Raises:
     ValueError: the target does not exist, or the engine refuses the model over
@@ -295,6 +375,9 @@ def make(
   kind = devices[0].device_kind if target is None else target.device_kind
   peaks = peaks_lib.DATASHEETS.get(kind) or peaks_lib.peaks(devices[0])
   saved, saved_of_step = _saved(subject)
+  room = engine_config.EngineConfig(
+    max_adapters=max_adapters, max_adapter_rank=max_adapter_rank
+  ).holding([])
   plan = Plan(
     subject=subject,
     target=target_name,
@@ -302,6 +385,8 @@ def make(
     peaks=peaks,
     num_devices=target.num_devices if target else len(devices),
     slices=targets.slices(target) if target else (),
+    num_adapters=max_adapters,
+    adapter_rank=room.max_adapter_rank or 0,
     saved_bytes=saved,
     saved_bytes_of_step=saved_of_step,
   )
@@ -314,8 +399,8 @@ def make(
     return plan
   fitting = max(plan.num_sequences(plan.config.max_length), 1)
   sequences = min(1 << fitting.bit_length() - 1, _MOST_COMPILED_SEQUENCES)
-  engine = engine_config.EngineConfig(
-    tensor=plan.tensor, experts=experts, max_sequences=sequences
+  engine = dataclasses.replace(
+    room, tensor=plan.tensor, experts=experts, max_sequences=sequences
   )
   return dataclasses.replace(
     plan,
@@ -327,10 +412,11 @@ def make(
 def degrees(plan: Plan) -> list[Plan]:
   """Returns the plans of all numbers of devices that may share the model."""
   found = []
+  kernels = plan.subject.quantization.get('kernels', ())
   for tensor in range(1, plan.num_devices + 1):
     engine = engine_config.EngineConfig(tensor=tensor)
     if plan.num_devices % tensor == 0 and not refusals.problem(
-      engine, plan.config, plan.subject.quantization != stored_kernels.NONE
+      engine, plan.config, kernels
     ):
       found.append(dataclasses.replace(plan, tensor=tensor))
   return found
@@ -385,8 +471,20 @@ def _saved(subject: subject_lib.Subject) -> tuple[int, int]:
     for path, leaf in stored_kernels.by_path(subject.shapes()).items()
     if stored_tree.is_stored(leaf)
   }
+  return _with_reads(saved, subject.config)
+
+
+def _with_reads(
+  saved: Mapping[str, int], config: model_config.ModelConfig
+) -> tuple[int, int]:
+  """Returns the saved bytes in memory and in the reads of a step.
+
+  Args:
+    saved: bytes of each kernel, by path.
+    config: of the model.
+  """
   total = sum(saved.values())
   # A step looks up rows of an embedding that is not the head, too.
-  tied = subject.config.tie_embeddings
+  tied = config.tie_embeddings
   unread = 0 if tied else saved.get('params/embed/embedding', 0)
   return total, total - unread

@@ -79,6 +79,12 @@ def _device_lines(plan: plan_lib.Plan) -> _Lines:
   share = f', {plan.weight_bytes / limit:.0%} of the memory' if limit else ''
   shared = f'; {plan.tensor} devices share them' if plan.tensor > 1 else ''
   yield 'weights', f'{compile_ahead.size(plan.weight_bytes)}{share}{shared}'
+  if plan.num_adapters:
+    yield (
+      'adapters',
+      f'{compile_ahead.size(plan.adapter_bytes)} for {plan.num_adapters} of'
+      f' rank {plan.adapter_rank}{shared}',
+    )
   yield (
     'cache',
     f'{compile_ahead.size(plan.kv_bytes_per_token)} per token{shared}',
@@ -189,13 +195,19 @@ def _compiled_lines(plan: plan_lib.Plan) -> _Lines:
     )
   yield (
     '  predicted',
-    f'{plan.sums_per_step} sums of the stream,'
+    f'{plan.sums_per_step} sums of the stream{_across_text(plan)},'
     f' {compile_ahead.size(plan.sent_bytes(count))} sent; the others are of'
     ' the sampler',
   )
   largest = max(each.payload_bytes for each in compiled.traffic.collectives)
   yield (
     '  largest message',
-    f'{compile_ahead.size(largest)}, the stream of a step:'
+    f'{compile_ahead.size(largest)}, states of a step:'
     f' {"no weight is sent" if plan.sends_no_weight else "WEIGHTS ARE SENT"}',
   )
+
+
+def _across_text(plan: plan_lib.Plan) -> str:
+  """Returns how many kernels send other arrays than a sum; '' for none."""
+  num = len(plan.across)
+  return f', inputs and outputs of {num} stored kernels' if num else ''

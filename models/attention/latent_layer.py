@@ -37,6 +37,8 @@ from models.layers import adapters, mlp, norms
 # The epsilon of the norms of latents. It does not follow norm_epsilon, as in
 # every implementation of DeepSeek's models.
 LATENT_EPSILON = 1e-6
+# Projections whose results every head reads.
+_SHARED = 'query_down', 'latent', 'key_rope'
 
 
 class LatentAttention(nn.Module):
@@ -128,17 +130,20 @@ class LatentAttention(nn.Module):
   def _attend_cached(self, q_BTHC, cache, positions_BT, up, form):
     """Returns attention of queries that are projected to the latents."""
     key_UHC, value_UHC = (w.astype(self.dtype) for w in up)
-    width, heads = self.config.rotary_width, self.config.num_heads
+    width = self.config.rotary_width
 
     def by_token(equation, x_BTHI, w_UHC):
-      """Multiplies each head of each token through the port `by_row`."""
+      """Multiplies each head of each token through `by_head` and `by_row`."""
 
-      def multiply(x):
-        x = x.reshape((*x.shape[:-1], heads, -1))
-        return jnp.einsum(equation, x, w_UHC)
+      def of_heads(x_BTHI, w_UHC):
+        def multiply(x):
+          x = x.reshape((*x.shape[:-1], w_UHC.shape[1], -1))
+          return jnp.einsum(equation, x, w_UHC)
 
-      rows = x_BTHI.reshape((*x_BTHI.shape[:2], -1))
-      return self.execution.by_row(multiply, rows)
+        rows = x_BTHI.reshape((*x_BTHI.shape[:2], -1))
+        return self.execution.by_row(multiply, rows)
+
+      return self.execution.by_head(of_heads, x_BTHI, w_UHC)
 
     # q (W_key_up^T latent) = (q W_key_up^T) latent: queries go to the latents,
     # so that no key is computed. The rotated channels of a query stay as they
@@ -152,13 +157,17 @@ class LatentAttention(nn.Module):
   def _linear(self, name, width, use_bias=False, std=None):
     config = self.config
     std = mup.hidden_std(config) if std is None else std
-    joined = self.execution.joined if name == 'out' else None
+    port = None
+    if name == 'out':
+      port = self.execution.joined
+    elif name in _SHARED:
+      port = self.execution.shared
     return mlp.Linear(
       width,
       self.dtype,
       use_bias,
       std,
-      joined or self.execution.linear,
+      port or self.execution.linear,
       self.execution.stored,
       name=name,
     )

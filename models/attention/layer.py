@@ -94,7 +94,8 @@ class Attention(nn.Module):
       )(x_BTD)
       has_norm = config.qk_norm and norm_name
       if has_norm and config.qk_norm_whole:
-        y = norm(name=norm_name)(y)
+        mean_square = self.execution.heads_mean_square
+        y = norm(name=norm_name, mean_square=mean_square)(y)
       y = y.reshape((*y.shape[:2], heads, config.head_width))
       if has_norm and not config.qk_norm_whole:
         y = norm(name=norm_name)(y)

@@ -49,7 +49,12 @@ def of(module: nn.Module) -> Entry | None:
 
 
 def linear(
-  adapter: Entry, multiply: Multiply, x: jax.Array, w_IO: Any, bias_O: Any
+  adapter: Entry,
+  multiply: Multiply,
+  x: jax.Array,
+  w_IO: Any,
+  bias_O: Any,
+  over_parts: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
   """Returns the output [..., O] of an adapted linear layer.
 
@@ -59,17 +64,33 @@ def linear(
     x: input, [..., I].
     w_IO: the frozen kernel.
     bias_O: None if the layer has none. No gain applies to it.
+    over_parts: (change, x, w_IO, pair) -> the sum of the product and of the
+      change, where both are computed in parts, see `models.linear.stored`;
+      change is a function (multiply, x, pair). None: they are not.
   """
-  if GAIN not in adapter:
+  if over_parts is not None:
+
+    def change(multiply: Multiply, x: jax.Array, pair: Any) -> jax.Array:
+      a, b = pair
+      return _change({**adapter, A: a, B: b}, multiply, x)
+
+    y = over_parts(change, x, w_IO, (adapter[A], adapter[B]))
+  elif GAIN not in adapter:
     return multiply(x, w_IO, bias_O) + _change(adapter, multiply, x)
-  y = multiply(x, w_IO, None) + _change(adapter, multiply, x)
-  gain = adapter[GAIN].astype(y.dtype)
-  if (slots := _slots(adapter)) is not None:
-    gain = jnp.take(gain, slots, axis=0)
-  y = y * gain.reshape((1,) * (y.ndim - gain.ndim) + gain.shape)
+  else:
+    y = multiply(x, w_IO, None) + _change(adapter, multiply, x)
+  if GAIN in adapter:
+    y = _with_gain(adapter, y)
   if bias_O is not None:
     y = y + bias_O.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
   return y
+
+
+def _with_gain(adapter: Entry, y: jax.Array) -> jax.Array:
+  gain = adapter[GAIN].astype(y.dtype)
+  if (slots := _slots(adapter)) is not None:
+    gain = jnp.take(gain, slots, axis=0)
+  return y * gain.reshape((1,) * (y.ndim - gain.ndim) + gain.shape)
 
 
 def _slots(adapter: Entry) -> jax.Array | None:

@@ -20,7 +20,11 @@ import jax.numpy as jnp
 from models import execution as execution_lib, model_config, mup
 from models.layers import adapters
 from models.linear import plain
-from models.linear.stored import product as stored_product, tree as stored_tree
+from models.linear.stored import (
+  across,
+  product as stored_product,
+  tree as stored_tree,
+)
 
 
 class Linear(nn.Module):
@@ -42,17 +46,39 @@ class Linear(nn.Module):
     if self.use_bias:
       bias_O = self.param('bias', nn.initializers.zeros, (self.width_out,))
 
-    def multiply(x, w_IO, bias_O):
-      if stored_tree.is_stored(w_IO):
-        return stored_product.linear(
-          x, w_IO, bias_O, self.dtype, self.linear, self.stored
-        )
-      y: Any = self.linear(x, w_IO, bias_O, self.dtype)
-      return y
-
     if (adapter := adapters.of(self)) is not None:
-      return adapters.linear(adapter, multiply, x, kernel_IO, bias_O)
-    return multiply(x, kernel_IO, bias_O)
+      is_in_parts = isinstance(self.linear, stored_product.Parts)
+      return adapters.linear(
+        adapter,
+        functools.partial(self._product, self.linear),
+        x,
+        kernel_IO,
+        bias_O,
+        self._over_parts if is_in_parts else None,
+      )
+    return self._product(self.linear, x, kernel_IO, bias_O)
+
+  def _product(self, port, x, w_IO, bias_O) -> jax.Array:
+    """Returns the product through a port, of floats or of a stored kernel."""
+    if stored_tree.is_stored(w_IO):
+      return stored_product.linear(
+        x, w_IO, bias_O, self.dtype, port, self.stored
+      )
+    y: Any = port(x, w_IO, bias_O, self.dtype)
+    return y
+
+  def _over_parts(self, change, x, w_IO, pair) -> jax.Array:
+    """Returns the product and the change of an adapter, part by part."""
+    port: Any = self.linear
+
+    def of_part(port, x, w_IO, pair):
+      y = change(functools.partial(self._product, port), x, pair)
+      return y if w_IO is None else self._product(port, x, w_IO, None) + y
+
+    if isinstance(w_IO, across.Across):  # an adapter is cut as floats are
+      y = self._product(port, x, w_IO, None)
+      return y + port.over_parts(of_part, x, None, self.dtype, pair)
+    return port.over_parts(of_part, x, w_IO, self.dtype, pair)
 
 
 def residual_std(config: model_config.ModelConfig) -> float:

@@ -13,6 +13,9 @@ class Norm(nn.Module):
   config: model_config.ModelConfig
   gain: float = 1.0  # multiplies the result before it is rounded
   by_row: execution_lib.ByRow = execution_lib.at_once
+  # Of an RMSNorm whose axis is longer than that of its input: devices each have
+  # a part. None: all of the axis is here.
+  mean_square: execution_lib.HeadsMeanSquare | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -23,7 +26,13 @@ class Norm(nn.Module):
     scale_D = self.param('scale', initial, (width,))
     if from_one:
       scale_D = 1 + scale_D.astype(jnp.float32)
-    y = self.by_row(self._normalised, x.astype(jnp.float32))
+    y = x.astype(jnp.float32)
+    if self.mean_square is None:
+      y = self.by_row(self._normalised, y)
+    else:
+      y = y * jax.lax.rsqrt(
+        self.mean_square(y, str(self.name)) + config.norm_epsilon
+      )
     y = y * _along_last(scale_D, x.ndim)
     has_bias = config.use_bias or config.norm_bias
     if config.norm == 'layernorm' and has_bias:

@@ -18,6 +18,7 @@ The ports wrap those of `models.linear.invariant`, which take care of batches.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -46,6 +47,11 @@ class Linear:
       axis=-1,
     )
 
+  def over_parts(self, of_part, x, w_IO, dtype, pair=None):
+    """Returns the product of a kernel, stored or with an adapter."""
+    product = functools.partial(of_part, self.linear)
+    return _side_by_side(product, x, w_IO, pair, self.num_parts).astype(dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
@@ -64,6 +70,46 @@ class Joined:
     ]
     return ports.biased(_summed(terms, dtype), bias_O, dtype)
 
+  def over_parts(self, of_part, x, w_IO, dtype, pair=None):
+    """Returns the product of a kernel that is cut as one of floats."""
+    num = _num_here(self.num_parts)
+    pairs = [None] * num
+    if pair is not None:
+      a, b = pair
+      pairs = [(a_p, b) for a_p in jnp.split(a, num)]
+    parts = zip(jnp.split(x, num, -1), _split(w_IO, num, 0), pairs, strict=True)
+    product = functools.partial(of_part, self.linear)
+    terms = [_apart(product, *each).astype(dtype) for each in parts]
+    return _summed(terms, dtype)
+
+  def across_parts(self, of_part, x, w_IO, dtype):
+    """Returns the product of a kernel of which parts have some outputs."""
+    y = _side_by_side(
+      functools.partial(of_part, self.linear),
+      ports.gathered(x, w_IO.places),
+      w_IO.kernel,
+      None,
+      self.num_parts,
+    )
+    return ports.gathered(y.astype(dtype))[..., : w_IO.width]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsMeanSquare:
+  """The port `heads_mean_square`: heads are split over the parts."""
+
+  by_row: Callable[..., Any]
+  whole: ports.HeadsMeanSquare
+  num_parts: int
+
+  def __call__(self, x, name):
+    def summed(x):
+      return self.by_row(lambda x: jnp.sum(x * x, axis=-1, keepdims=True), x)
+
+    parts = jnp.split(x, _num_here(self.num_parts), -1)
+    terms = [_apart(summed, x_p) for x_p in parts]
+    return _summed(terms, jnp.float32) / self.whole.count(name)
+
 
 @dataclasses.dataclass(frozen=True)
 class Unembed:
@@ -80,6 +126,11 @@ class Unembed:
       ],
       axis=-1,
     )
+
+  def over_parts(self, of_part, x, w_IO, dtype, pair=None):
+    """Returns the logits of a stored table [D, V], part by part."""
+    product = functools.partial(of_part, self.unembed)
+    return _side_by_side(product, x, w_IO, pair, self.num_parts).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +150,8 @@ class AttendCached:
 
     def pages_of(part: int):
       def own(pool):
+        if pool.shape[2] == 1:  # latents, which all heads read
+          return pool
         per_part = pool.shape[2] // num
         return pool[:, :, part * per_part : (part + 1) * per_part]
 
@@ -111,6 +164,20 @@ class AttendCached:
       for part, q_1TpC in enumerate(jnp.split(q_1THC, num, 2))
     ]
     return jnp.concatenate(outs, axis=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByHead:
+  """The port `by_head`: heads are split over the parts."""
+
+  num_parts: int
+
+  def __call__(self, function, x_BTHI, w_UHC):
+    num = _num_here(self.num_parts)
+    parts = zip(
+      jnp.split(x_BTHI, num, 2), jnp.split(w_UHC, num, 1), strict=True
+    )
+    return jnp.concatenate([_apart(function, *each) for each in parts], axis=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +220,37 @@ class Experts:
     return _summed(
       [of_part(g, s) for g in range(groups) for s in range(slices)], dtype
     )
+
+
+def _side_by_side(
+  product: Callable[..., jax.Array],
+  x: jax.Array,
+  w_IO: Any,
+  pair: tuple[jax.Array, jax.Array] | None,
+  num_parts: int,
+) -> jax.Array:
+  """Returns the products with the parts of a kernel, [..., O]."""
+  num = _num_here(num_parts)
+  pairs = [None] * num
+  if pair is not None:
+    a, b = pair
+    pairs = [(a, b_p) for b_p in jnp.split(b, num, -1)]
+  return jnp.concatenate(
+    [
+      _apart(product, x, *each)
+      for each in zip(_split(w_IO, num, 1), pairs, strict=True)
+    ],
+    axis=-1,
+  )
+
+
+def _split(w_IO: Any, num: int, axis: int) -> list[Any]:
+  """Returns the parts of a kernel of floats, of a stored one or of none."""
+  if w_IO is None:
+    return [None] * num
+  if isinstance(w_IO, jax.Array):
+    return jnp.split(w_IO, num, axis)
+  return w_IO.split(num, axis)
 
 
 def _num_here(num_parts: int) -> int:

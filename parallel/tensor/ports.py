@@ -8,8 +8,11 @@ works as on one device, and no compiler can decide to gather a weight. All that
 devices send is written here:
 
   - after `out` and `down`, whose inputs are split: a sum of the stream, two per
-    layer (Megatron-LM, arXiv:1909.08053, section 3);
+    layer (Megatron-LM, arXiv:1909.08053, section 3). Where such a kernel is
+    stored in fewer bits and its inputs cannot be split (`across_parts`), the
+    inputs of all devices, and then their outputs;
   - after the experts of a mixture: a sum;
+  - before a norm over all heads together: a sum per token of squares;
   - after the embedding, of which each device has some rows: a sum.
 
 Logits stay where they are: `inference.sampling.vocabulary` samples from them.
@@ -45,6 +48,35 @@ class Joined:
     y = jax.lax.psum(self.linear(x, w_IO, None, dtype), AXIS)
     return biased(y, bias_O, dtype)
 
+  def over_parts(self, of_part, x, w_IO, dtype, pair=None):
+    """Returns the product of a kernel that is cut as one of floats."""
+    y = of_part(self.linear, x, w_IO, pair)
+    return jax.lax.psum(y.astype(dtype), AXIS)
+
+  def across_parts(self, of_part, x, w_IO, dtype):
+    """Returns the product of a kernel of which devices have some outputs."""
+    y = of_part(self.linear, gathered(x, w_IO.places), w_IO.kernel, None)
+    return gathered(y.astype(dtype))[..., : w_IO.width]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsMeanSquare:
+  """The port `heads_mean_square`: heads are split.
+
+  Heads of zeros add nothing, and a key head counts as often as it is copied.
+  """
+
+  queries: int  # numbers of which the mean is, of all devices
+  keys: int
+
+  def __call__(self, x, name):
+    total = jax.lax.psum(jnp.sum(x * x, axis=-1, keepdims=True), AXIS)
+    return total / self.count(name)
+
+  def count(self, name: str) -> int:
+    """Returns the numbers of which the mean is."""
+    return {'query_norm': self.queries, 'key_norm': self.keys}[name]
+
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
@@ -76,16 +108,32 @@ def ids_here(ids_BTA: jax.Array, num_here: int) -> jax.Array:
   return jnp.where(is_here_BTA, ids_BTA, num_here)
 
 
-def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-  """Returns the rows of ids, [B, T, D], of a table whose rows are split."""
-  num_rows = table_VD.shape[0]
-  ids_BT = ids_BT - jax.lax.axis_index(AXIS) * num_rows
-  is_here_BT = (ids_BT >= 0) & (ids_BT < num_rows)
-  rows_BTD = jnp.take(table_VD, jnp.where(is_here_BT, ids_BT, 0), axis=0)
-  # A row that another device has must not be in the sum, not even times zero:
-  # the row that is read in its place may be infinite.
-  rows_BTD = jnp.where(is_here_BT[..., None], rows_BTD, 0)
-  return jax.lax.psum(rows_BTD, AXIS)  # exact: one term, and zeros
+@dataclasses.dataclass(frozen=True)
+class LookUp:
+  """The port `look_up`: rows of the table are split."""
+
+  look_up: Callable[..., jax.Array]
+  num_rows: int  # of a device
+
+  def __call__(self, table, ids_BT):
+    ids_BT = ids_BT - jax.lax.axis_index(AXIS) * self.num_rows
+    is_here_BT = (ids_BT >= 0) & (ids_BT < self.num_rows)
+    rows_BTD = self.look_up(table, jnp.where(is_here_BT, ids_BT, 0))
+    # A row that another device has must not be in the sum, not even times zero:
+    # the row that is read in its place may be infinite.
+    rows_BTD = jnp.where(is_here_BT[..., None], rows_BTD, 0)
+    return jax.lax.psum(rows_BTD, AXIS)  # exact: one term, and zeros
+
+
+def gathered(x: jax.Array, places_I: jax.Array | None = None) -> jax.Array:
+  """Returns the last axis of all devices, in their order.
+
+  Args:
+    x: the part of this device, [..., I / devices].
+    places_I: the entries to return, in that order; None: all.
+  """
+  x = jax.lax.all_gather(x, AXIS, axis=x.ndim - 1, tiled=True)
+  return x if places_I is None else jnp.take(x, places_I, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

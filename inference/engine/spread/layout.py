@@ -20,9 +20,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from models import axes, model_config
+from models import axes, layout as model_layout, model_config
 from parallel.tensor import heads as heads_lib, ports
 
+# Norms over all heads together, and the logical axes of their scales.
+_NORMS_OF_HEADS = {'query_norm': 'heads', 'key_norm': 'kv_heads'}
 _WORD = 32  # ids of a word of bits, see `penalties.allow`
 
 
@@ -61,18 +63,43 @@ class Layout:
       spare_ids=tuple((a, b) for a, b in _merged(spare) if a < b),
     )
 
-  def shapes(self, params: Any) -> Any:
-    """Returns the shapes of the parameters of all parts.
+  def names_of(self, path: Any, leaf: Any) -> tuple[str | None, ...]:
+    """Returns the logical axes of a parameter, as a model in parts has it.
 
     Args:
-      params: shapes of the model, with separate layers.
+      path: of the parameter.
+      leaf: the parameter, or its shape.
     """
+    owner = axes.names(path)[-2]
+    if self.model.qk_norm_whole and owner in _NORMS_OF_HEADS:
+      return (_NORMS_OF_HEADS[owner],)
+    return axes.names_of(path, leaf)
 
-    def of(leaf, names):
-      shape = map(self._size, names, leaf.shape)
-      return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+  def shape(self, leaf: Any, names: Any) -> jax.ShapeDtypeStruct:
+    """Returns the shape of a parameter of all parts.
 
-    return jax.tree.map(of, params, axes.param_axes(params))
+    Args:
+      leaf: of the model, or its shape; of one layer.
+      names: its logical axes.
+    """
+    shape = map(self._size, names, leaf.shape)
+    return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+
+  def is_cut(self, name: str | None) -> bool:
+    """Returns whether parts share a logical axis of a dense layer."""
+    return name in _FITS
+
+  def index(self, name: str | None, size: int) -> np.ndarray:
+    """Returns what all parts have along an axis, in their order.
+
+    Args:
+      name: of the logical axis.
+      size: of the model's.
+
+    Returns:
+      Places along the axis of the model; -1 where zeros are filled in.
+    """
+    return self.laid_out(np.arange(1, size + 1), (name,)) - 1
 
   def laid_out(self, weight: np.ndarray, names: Any) -> np.ndarray:
     """Returns a weight of the model as that of all parts.
@@ -153,3 +180,12 @@ def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     else:
       found.append((first, end))
   return found
+
+
+def separate(shapes: Any, model: model_config.ModelConfig) -> Any:
+  """Returns the shapes of the params of a model with separate layers."""
+  is_stacked = axes.LAYERS in shapes['params']
+  model = dataclasses.replace(model, scan_layers=is_stacked)
+  return jax.eval_shape(
+    lambda tree: model_layout.unstack(tree, model)[0], shapes
+  )

@@ -6,9 +6,10 @@ mesh. Over several devices each program of `compiled` runs inside
 `spread.layout` and `parallel.tensor.ports`. The host plans once, for all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any, Protocol
 
 import jax
@@ -18,10 +19,22 @@ import numpy as np
 
 from frozen import format as frozen_format
 from hardware import compilation_cache
-from inference.engine import device_state, engine_config, execution
+from inference.engine import (
+  adapter_table,
+  device_state,
+  engine_config,
+  execution,
+)
 from inference.engine.compiled import programs
-from inference.engine.spread import layout as layout_lib, refusals, results
+from inference.engine.spread import (
+  adapters as adapters_lib,
+  layout as layout_lib,
+  refusals,
+  results,
+  stored as stored_lib,
+)
 from models import axes, layout as model_layout, model_config, transformer
+from models.linear.stored import tree as stored_tree
 from parallel import mesh as mesh_lib, parallel_config, rules
 from parallel.tensor import by_part, ports
 
@@ -60,6 +73,11 @@ class Placement(programs.Placement, Protocol):
     ...
 
   @property
+  def adapters(self) -> adapter_table.Places:
+    """The devices of a table of adapters."""
+    ...
+
+  @property
   def all_model(self) -> model_config.ModelConfig:
     """The config of the model that the params of all devices belong to."""
     ...
@@ -93,6 +111,7 @@ class OneDevice:
   vocab_size: int
   num_devices = 1
   is_spread = False
+  adapters = adapter_table.WHOLE
 
   def backend(self, backend):
     return backend
@@ -132,6 +151,7 @@ class Spread:
 
   mesh: Mesh
   layout: layout_lib.Layout
+  shapes_of_model: Any  # of its params, with separate layers
   is_invariant: bool
   num_expert_groups: int = 1  # of parts, see `EngineConfig.experts`
   is_spread = True
@@ -159,14 +179,23 @@ class Spread:
     given, num = backend.execution, self.layout.num_parts
     spread = dataclasses.replace(
       given,
-      look_up=ports.look_up,
+      look_up=ports.LookUp(given.look_up, self.model.vocab_size),
       masked=ports.Masked(given.masked),
       expert_groups=self.mesh.shape[ports.EXPERT],
+    )
+    heads, width = self.layout.heads, self.layout.model.head_width
+    mean_square = ports.HeadsMeanSquare(
+      heads.num_heads * width, heads.num_kv_heads * heads.copies * width
     )
     if self.is_invariant:
       spread = dataclasses.replace(
         spread,
+        heads_mean_square=by_part.HeadsMeanSquare(
+          given.by_row, mean_square, num
+        ),
         linear=by_part.Linear(given.linear, num),
+        shared=given.linear,
+        by_head=by_part.ByHead(num),
         joined=by_part.Joined(given.linear, num),
         unembed=by_part.Unembed(given.unembed, num),
         attend_cached=by_part.AttendCached(given.attend_cached, num),
@@ -177,41 +206,54 @@ class Spread:
     else:
       spread = dataclasses.replace(
         spread,
+        heads_mean_square=mean_square,
         joined=ports.Joined(given.linear),
         apply_experts=ports.Experts(given.apply_experts),
       )
     # Transposed kernels would have no logical axes.
-    return backend._replace(execution=spread, has_transposed_kernels=False)
+    return backend._replace(
+      execution=spread,
+      has_transposed_kernels=False,
+      products=stored_lib.described(self.layout, self.shapes_of_model)
+      or backend.products,
+    )
 
   def num_bytes(self, params):
     return sum(
-      np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
       for leaf in jax.tree.leaves(self.shapes(None, params))
     )
 
   def shapes(self, backend, params):
     del backend
-    shapes, names = self._of_model(params.shapes)
-    shapes = self.layout.shapes(shapes)
-    return jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=sharding
-      ),
-      shapes,
-      rules.shardings(self.mesh, shapes, names, rules.SERVING),
+
+    def placed(path, leaf):
+      if stored_tree.is_stored(leaf):
+        return stored_lib.cut(self.layout, path, leaf).shapes(self.mesh)
+      names = self.layout.names_of(path, leaf)
+      shape = {'/'.join(axes.names(path)): self.layout.shape(leaf, names)}
+      sharding = rules.shardings(
+        self.mesh, shape, dict.fromkeys(shape, names), rules.SERVING
+      )
+      return jax.tree.map(_lying, shape, sharding).popitem()[1]
+
+    return jax.tree_util.tree_map_with_path(
+      placed,
+      layout_lib.separate(params.shapes, self.layout.model),
+      is_leaf=stored_tree.is_stored,
     )
 
   def read(self, backend, params):
     del backend
-    shapes, names = self._of_model(params.shapes)
+    shapes = layout_lib.separate(params.shapes, self.layout.model)
+    cuts = stored_lib.cuts(self.layout, shapes)
     wanted = frozen_format.leaves_by_path(self.shapes(None, params))
-    named = dict(
-      zip(
-        frozen_format.leaves_by_path(shapes),
-        jax.tree.leaves(names, is_leaf=_is_names),
-        strict=True,
+    named = {
+      '/'.join(axes.names(path)): self.layout.names_of(path, leaf)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(
+        shapes, is_leaf=stored_tree.is_stored
       )
-    )
+    }
 
     def placed(path: str, weight: Any) -> Any:
       """Returns a weight on its devices; of a stack, that of each layer."""
@@ -225,8 +267,12 @@ class Spread:
       ]
 
     def put(path: str, weight: np.ndarray) -> jax.Array:
-      weight = self.layout.laid_out(weight, named[path])
-      sharding = wanted[path].sharding
+      above, _, name = path.rpartition('/')
+      if above in cuts:
+        weight, sharding = cuts[above].laid_out(name, weight, self.mesh)
+      else:
+        weight = self.layout.laid_out(weight, named[path])
+        sharding = wanted[path].sharding
 
       def part(index: Any) -> np.ndarray:
         found = weight[index]
@@ -238,23 +284,39 @@ class Spread:
       return jax.make_array_from_callback(weight.shape, sharding, part)
 
     read = params.read(placed)
-    return {name: _unstacked(tree) for name, tree in read.items()}
+    read = {name: _unstacked(tree) for name, tree in read.items()}
+
+    def served(path, leaf):
+      own = cuts.get('/'.join(axes.names(path)))
+      return own.served(leaf, self.mesh) if own else leaf
+
+    return jax.tree_util.tree_map_with_path(
+      served, read, is_leaf=stored_tree.is_stored
+    )
+
+  @property
+  def adapters(self):
+    return adapters_lib.Places(self.mesh, self.layout)
 
   @property
   def all_model(self):
     return self.layout.config(self.layout.num_parts)
 
   def of_model(self, params):
-    model = transformer.Transformer(self.layout.model)
-    tokens_11 = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens_11)
-    return jax.tree.map(
-      lambda shape, leaf, names: _OfModel(
-        self.layout, leaf, names, shape.shape
-      ),
-      {'params': shapes['params']},
-      params,
-      axes.param_axes(params),
+
+    def lazily(path, like, leaf):
+      if stored_tree.is_stored(like):
+        cut = stored_lib.cut(self.layout, path, like)
+        return cut.of_model(leaf, _OfModel)
+      names = self.layout.names_of(path, like)
+      return _OfModel(
+        leaf,
+        like.shape,
+        lambda weight: self.layout.of_model(weight, names, like.shape),
+      )
+
+    return jax.tree_util.tree_map_with_path(
+      lazily, self.shapes_of_model, params, is_leaf=stored_tree.is_stored
     )
 
   def state(self, model, **sizes):
@@ -264,13 +326,7 @@ class Spread:
   def state_shapes(self, model, **sizes):
     init, shardings = self._init(model, sizes)
     shapes = jax.eval_shape(init)
-    return jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=sharding
-      ),
-      shapes,
-      jax.tree.broadcast(shardings, shapes),
-    )
+    return jax.tree.map(_lying, shapes, jax.tree.broadcast(shardings, shapes))
 
   def _init(self, model, sizes: dict[str, Any]) -> tuple[Any, Any]:
     """Returns a function that makes the state, and its shardings."""
@@ -299,11 +355,12 @@ class Spread:
   def lower(self, function, *args, **static):
     form = results.forms(self.model)[function]
     given = jax.tree.map(self._abstract, args)
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, given)
     spread = jax.shard_map(
       functools.partial(function, **static),
       mesh=self.mesh,
-      in_specs=jax.tree.map(lambda leaf: leaf.sharding.spec, given),
-      out_specs=form.results,
+      in_specs=specs,
+      out_specs=specs[0] if form.results is None else form.results,
       # Results that all devices have alike are so by what they compute.
       check_vma=False,
     )
@@ -315,24 +372,14 @@ class Spread:
       sharding = rules.replicated(self.mesh)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-  def _of_model(self, shapes: Any) -> tuple[Any, Any]:
-    """Returns the shapes of separate layers, and their logical axes."""
-    is_stacked = axes.LAYERS in shapes['params']
-    model = dataclasses.replace(self.layout.model, scan_layers=is_stacked)
-    shapes = jax.eval_shape(
-      lambda tree: model_layout.unstack(tree, model)[0], shapes
-    )
-    return shapes, axes.param_axes(shapes)
-
 
 @dataclasses.dataclass(frozen=True)
 class _OfModel:
   """A weight of the model, which becomes an array when it is asked for."""
 
-  layout: layout_lib.Layout
   weight: jax.Array  # of all parts
-  names: tuple[str | None, ...]
-  shape: tuple[int, ...]
+  shape: tuple[int, ...]  # of the model
+  inverse: Callable[[np.ndarray], np.ndarray]  # of its layout
 
   @property
   def dtype(self) -> Any:
@@ -340,10 +387,7 @@ class _OfModel:
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     del dtype, copy
-    found = self.layout.of_model(
-      np.asarray(self.weight), self.names, self.shape
-    )
-    return np.ascontiguousarray(found)
+    return np.asarray(self.inverse(np.asarray(self.weight)), order='C')
 
 
 def make(
@@ -391,7 +435,8 @@ def make(
     model=model, vocab_size=vocab_size, num_parts=config.num_parts
   )
   is_invariant = config.numerics == 'invariant'
-  return Spread(mesh, layout, is_invariant, config.experts)
+  shapes = layout_lib.separate(params.shapes, model)
+  return Spread(mesh, layout, shapes, is_invariant, config.experts)
 
 
 def backend_of(
@@ -407,9 +452,12 @@ def backend_of(
   """
   platform = placement.device.platform
   chosen = execution.choose(config, placement.model, dtype, platform)
-  return placement.backend(
-    chosen.multiplying(config, params.shapes, dtype, platform)
-  )
+  chosen = chosen.multiplying(config, params.shapes, dtype, platform)
+  return placement.backend(chosen)
+
+
+def _lying(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _unstacked(tree: dict[str, Any]) -> dict[str, Any]:
@@ -424,7 +472,3 @@ def _unstacked(tree: dict[str, Any]) -> dict[str, Any]:
   for n, layer in enumerate(zip(*leaves, strict=True)):
     tree[f'layer_{n}'] = jax.tree.unflatten(structure, layer)
   return tree
-
-
-def _is_names(x: Any) -> bool:
-  return isinstance(x, tuple)

@@ -1,12 +1,13 @@
 """What an engine of several devices does not do yet, refused when it starts."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from inference.engine import engine_config
-from models import model_config
-from models.linear.stored import tree as stored_tree
+import jax
 
-_FIX = 'leave one of them out'
+from inference.engine import engine_config
+from models import axes, model_config
+from models.linear.stored import tree as stored_tree
 
 
 def check(
@@ -25,38 +26,31 @@ def check(
     ValueError: something of the config or of the model is not supported over
       several devices.
   """
-  is_stored = any(map(stored_tree.is_stored, _leaves(params)))
-  if found := problem(config, model, is_stored):
+  if found := problem(config, model, _stored(params)):
     raise ValueError(found)
 
 
 def problem(
   config: engine_config.EngineConfig,
   model: model_config.ModelConfig,
-  is_stored: bool,
+  stored: Iterable[str],
 ) -> str | None:
   """Returns why an engine of several devices is refused, None if it works.
 
   Args:
     config: of the engine.
     model: that it serves.
-    is_stored: whether the model has kernels in fewer bits.
+    stored: paths of the kernels in fewer bits.
   """
   if config.num_parts == 1:
     return None
-  if found := _of_config(config) or _of_model(config, model, is_stored):
+  if found := _of_config(config) or _of_model(config, model, stored):
     got, expected = found
     return f'engine.tensor: got {config.tensor} and {got}, expected {expected}'
   return None
 
 
 def _of_config(config: engine_config.EngineConfig) -> tuple[str, str] | None:
-  if config.max_adapters:
-    return (
-      f'{config.max_adapters} places for adapters',
-      'none over several devices; merge the adapter into its base (python -m'
-      ' frozen.adapters merge), or use one device',
-    )
   if config.native == 'on':
     return (
       'engine.native = on',
@@ -68,25 +62,13 @@ def _of_config(config: engine_config.EngineConfig) -> tuple[str, str] | None:
 def _of_model(
   config: engine_config.EngineConfig,
   model: model_config.ModelConfig,
-  is_stored: bool,
+  stored: Iterable[str],
 ) -> tuple[str, str] | None:
-  if is_stored:
+  if any(path.split('/')[-2].startswith('expert_') for path in stored):
     return (
-      'kernels in fewer bits',
-      'kernels of floats over several devices; serve the directory that was'
+      'experts in fewer bits',
+      'experts of floats over several devices; serve the directory that was'
       ' quantised, or use one device',
-    )
-  if model.qk_norm_whole:
-    return (
-      'a model that normalises the queries of all heads together'
-      ' (qk_norm_whole)',
-      'norms of each head; use one device',
-    )
-  if model.latent_width and config.numerics == 'invariant':
-    return (
-      'latent attention with invariant numerics',
-      'fast numerics: every device computes whole latents; use one device, or'
-      ' numerics=fast',
     )
   if model.expert_width % config.num_parts:
     return (
@@ -106,7 +88,13 @@ def _of_model(
   return None
 
 
-def _leaves(params: Any) -> list[Any]:
-  import jax
-
-  return jax.tree.leaves(params, is_leaf=stored_tree.is_stored)
+def _stored(params: Any) -> list[str]:
+  """Returns the paths of the kernels in fewer bits."""
+  leaves = jax.tree_util.tree_leaves_with_path(
+    params, is_leaf=stored_tree.is_stored
+  )
+  return [
+    '/'.join(axes.names(path))
+    for path, leaf in leaves
+    if stored_tree.is_stored(leaf)
+  ]

@@ -19,7 +19,7 @@ LOGITS = P(None, ports.AXIS)  # [R, V], and token counts
 class Form(NamedTuple):
   """The results of a program, and the arguments that it donates."""
 
-  results: Any
+  results: Any  # None: as the arguments that are donated
   donated: tuple[int, ...] = ()
 
 
@@ -42,6 +42,7 @@ def forms(model: model_config.ModelConfig) -> dict[Any, Form]:
     jitted.decode_steps: Form((specs, _ALL), (1,)),
     jitted.prefill: Form((pages, LOGITS, _ALL, _ALL, _ALL), (1,)),
     jitted.forward: Form((pages, LOGITS, _ALL), (1,)),
+    jitted.put_adapter: Form(None, (0,)),
     jitted.sample: Form((slots, _ALL), (0,)),
     verification.verify: Form((pages, P(None, None, ports.AXIS)), (1,)),
     verification.accept: Form((slots, _ALL), (0,)),

@@ -99,6 +99,7 @@ def plan(
   context = config.context(model.max_length)
   shapes = frozen_format.shapes_of(manifest, model)
   weights = stored_kernels.num_bytes(shapes)
+  places = adapter_table.WHOLE
   if config.num_parts > 1:
     placement = placement_lib.make(
       config,
@@ -108,6 +109,7 @@ def plan(
       devices=devices,
     )
     model, weights = placement.model, placement.num_bytes(params)
+    places = placement.adapters
   backend = execution.choose(config, model, dtype, device.platform)
   of_draft, draft_per_token = drafts.memory(
     config, manifest, backend, device.platform
@@ -122,6 +124,7 @@ def plan(
       num_adapters=config.max_adapters,
       rank=config.max_adapter_rank or 0,
       dtype=dtype,
+      places=places,
     )
   num_pages = config.pool_pages(
     context,
@@ -141,7 +144,7 @@ def plan(
     weights=num_here * weights,
     kv_cache=num_here * math.ceil(num_pages * page_bytes),
     sampling=num_here * 4 * num_rows * model.vocab_size,
-    adapters=of_adapters,
+    adapters=num_here * of_adapters,
     free=_free_bytes(device),
   )
 

@@ -137,6 +137,28 @@ class Kernel:
       values, scales, mins, self.order, self.gain, self.form, self.tile
     )
 
+  def split(self, num: int, axis: int) -> list['Kernel']:
+    """Returns `num` equal parts of a kernel [in, out].
+
+    Args:
+      num: of the parts.
+      axis: 0 cuts inputs, of a kernel without an order, and 1 outputs. No
+        tile may be cut: see `inference.engine.spread.stored`.
+    """
+    own = -1 - axis  # of the stored arrays, whose rows are outputs
+
+    def parts(x: Any) -> list[Any]:
+      if x is None or x.shape[own] == 1:  # one scale of all inputs
+        return [x] * num
+      return jnp.split(x, num, own)
+
+    return [
+      Kernel(values, scales, mins, self.order, self.gain, self.form, self.tile)
+      for values, scales, mins in zip(
+        parts(self.values), parts(self.scales), parts(self.mins), strict=True
+      )
+    ]
+
   def columns(self, ids: jax.Array) -> 'Kernel':
     """Returns the columns of the ids [n], in that order."""
     tile_out, tile_in = self.tile

@@ -12,18 +12,62 @@ has none.
 from collections.abc import Callable
 import functools
 import math
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from models.linear import plain
-from models.linear.stored import blocks as blocks_lib, kernel as kernel_lib
+from models.linear.stored import (
+  across as across_lib,
+  blocks as blocks_lib,
+  kernel as kernel_lib,
+)
 
 Stored = kernel_lib.Kernel | blocks_lib.Blocks
 # (x[..., I], w_IO, dtype, multiply) -> y[..., O], in any float dtype; multiply
 # is a port for a block of floats.
 Computed = Callable[..., jax.Array]
+
+# (multiply, x, w_IO, pair) -> the product with a part of a kernel and of an
+# adapter; multiply is the port for floats of one part.
+OfPart = Callable[[Any, jax.Array, Any, Any], jax.Array]
+
+
+@runtime_checkable
+class Parts(Protocol):
+  """A port of products whose kernels are cut into parts, as over devices."""
+
+  def over_parts(
+    self,
+    of_part: OfPart,
+    x: jax.Array,
+    w_IO: Any,
+    dtype: Any,
+    pair: tuple[jax.Array, jax.Array] | None = None,
+  ) -> jax.Array:
+    """Returns the product, of parts each of which `of_part` computes.
+
+    Args:
+      of_part: computes one.
+      x: the input.
+      w_IO: a stored kernel or one of floats; None if the pair is all.
+      dtype: of the result.
+      pair: the matrices A [in, ...] and B [..., out] of an adapter, of which
+        the one on the side that is cut is cut, too.
+    """
+    ...
+
+
+class AcrossParts(Parts, Protocol):
+  """A port of sums over parts, for kernels that cannot be cut so, too."""
+
+  def across_parts(
+    self, of_part: OfPart, x: jax.Array, w_IO: across_lib.Across, dtype: Any
+  ) -> jax.Array:
+    """Returns the product with a kernel of which parts have some outputs."""
+    ...
+
 
 # Bytes of a block of columns in float32, which fit a core's cache. A matrix of
 # at most this size is one block.
@@ -75,10 +119,21 @@ def linear(
     w_IO: a stored kernel.
     bias_O: the bias, or None.
     dtype: dtype of the result.
-    multiply: the port that multiplies by a block of floats.
+    multiply: the port that multiplies by a block of floats; of `Parts` if the
+      kernel is cut over devices in a way that the product has to know.
     computed: `Execution.stored`.
   """
-  y: Any = _product(x, w_IO, jnp.dtype(dtype), multiply, computed)
+
+  def of_part(multiply: Any, x: jax.Array, w_IO: Stored, _=None) -> jax.Array:
+    return computed(x, w_IO, dtype, multiply).astype(dtype)
+
+  y: Any
+  if isinstance(w_IO, across_lib.Across):
+    y = multiply.across_parts(of_part, x, w_IO, dtype)
+  elif isinstance(multiply, Parts):
+    y = multiply.over_parts(of_part, x, w_IO, dtype)
+  else:
+    y = _product(x, w_IO, jnp.dtype(dtype), multiply, computed)
   if bias_O is not None:
     y = y + bias_O.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
   return y
@@ -101,10 +156,15 @@ def unembed(
     computed: `Execution.stored`.
   """
 
-  def multiply(x, w_IB, _, dtype):
-    return port(x, w_IB.T, dtype)
+  def of_part(port: Any, hidden: jax.Array, table_DV: Stored, _=None):
+    def multiply(x, w_IB, _, dtype):
+      return port(x, w_IB.T, dtype)
 
-  return computed(hidden, table_DV, dtype, multiply)
+    return computed(hidden, table_DV, dtype, multiply)
+
+  if isinstance(port, Parts):
+    return port.over_parts(of_part, hidden, table_DV, jnp.float32)
+  return of_part(port, hidden, table_DV)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -159,7 +219,8 @@ def _block(w_IO: Stored, start: Any, size: int, dtype: Any) -> jax.Array:
 def _block_columns(w_IO: Stored) -> int:
   """Returns the columns of a block: all, or some that fit a cache."""
   rows, columns = w_IO.shape[-2:]
-  if jax.sharding.get_abstract_mesh().size > 1:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size > 1 and not mesh.are_all_axes_manual:
     return columns  # the devices of a mesh may each have a part of the columns
   if 4 * math.prod(w_IO.shape) <= _BLOCK_BYTES:
     return columns

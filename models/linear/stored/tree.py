@@ -8,12 +8,13 @@ import jax.numpy as jnp
 
 from models import axes
 from models.linear.stored import (
+  across as across_lib,
   blocks as blocks_lib,
   kernel as kernel_lib,
   round as rounding,
 )
 
-TYPES = (kernel_lib.Kernel, blocks_lib.Blocks)
+TYPES = (kernel_lib.Kernel, blocks_lib.Blocks, across_lib.Across)
 # Kernels that are not used in a plain product, and kernels of routers.
 WHOLE = ('router', 'key_up', 'value_up')
 # The forms of a base of QLoRA, with the steps up to the largest number (as in

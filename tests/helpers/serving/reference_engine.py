@@ -39,6 +39,9 @@ _MODELS = {
   'gpt2': tiny_models.gpt2_like,
   'mixture': tiny_models.mixture,
   'odd_heads': tiny_models.odd_heads,
+  'whole_norms': functools.partial(
+    tiny_models.llama_like, qk_norm=True, qk_norm_whole=True
+  ),
   'latent': functools.partial(
     tiny_models.llama_like,
     num_kv_heads=4,

@@ -7,11 +7,13 @@ import jax
 import pytest
 
 from experiments import pretrain
+from frozen import stored_kernels
 from hardware import compile_ahead, hlo, peaks, targets
-from inference.engine import device_state, engine_config
+from inference.engine import adapter_table, device_state, engine_config
 from inference.engine.spread import placement as placement_lib
 from inference.planning import plan as plan_lib, report, subject
-from tests.helpers import commands
+from tests.helpers import commands, frozen_dirs, tiny_models
+from tests.helpers.open_weights import stored_params
 from tests.helpers.serving import reference_engine
 
 
@@ -48,6 +50,91 @@ def test_weights_of_a_device_are_those_that_the_engine_places(kind, tensor):
   )
   params = device_state.unread(reference_engine.params(kind))
   assert planned.weight_bytes == placement.num_bytes(params)
+
+
+@pytest.mark.parametrize('tensor', [1, 4])
+def test_adapters_of_a_device_are_those_of_the_engines_table(tensor):
+  room = {'max_adapters': 3, 'max_adapter_rank': 2}
+  planned = plan_lib.make(
+    _subject('odd_heads'), 'cpu:4', tensor=tensor, is_compiled=False, **room
+  )
+  params = device_state.unread(reference_engine.params('odd_heads'))
+  config = engine_config.EngineConfig(tensor=tensor, **room)
+  placement = placement_lib.make(config, planned.config, params, vocab_size=261)
+  table = adapter_table.made(config, params, 'float32', placement)
+  assert planned.adapter_bytes == table.num_bytes > 0
+  bare = dataclasses.replace(planned, num_adapters=0)
+  assert planned.bytes_of(2, 9) - bare.bytes_of(2, 9) == table.num_bytes
+  assert planned.step_bytes(2, 9) - bare.step_bytes(2, 9) == table.num_bytes
+  assert 'for 3 of rank 2' in report.report(planned)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_with_adapters_sends_no_more():
+  with_them, without = (
+    plan_lib.make(_subject('odd_heads'), 'cpu:4', tensor=4, max_adapters=num)
+    for num in (2, 0)
+  )
+  counts = []
+  for planned in (with_them, without):
+    assert isinstance(planned.compiled, compile_ahead.Program)
+    stream = planned.compiled_sequences * planned.config.model_width * 4
+    counts.append(
+      sum(
+        each.count
+        for each in planned.compiled.traffic.collectives
+        if each.payload_bytes >= stream
+      )
+    )
+  assert counts[0] == counts[1] == with_them.sums_per_step
+
+
+def _stored(scheme):
+  """Returns a subject and variables with kernels in fewer bits."""
+  config = tiny_models.odd_heads(
+    model_width=96, mlp_width=192, head_width=32, vocab_size=270, num_layers=1
+  )
+  params = stored_params.stored(frozen_dirs.params(config), scheme)
+  found = subject.of_config(scheme, config, 'float32')
+  quantization = stored_kernels.quantization(params, None)
+  return dataclasses.replace(found, quantization=quantization), params
+
+
+@pytest.mark.parametrize('scheme', ['ordered', 'nvfp4', 'Q8_0'])
+@pytest.mark.parametrize('tensor', [2, 4])
+def test_weights_in_fewer_bits_are_those_that_the_engine_places(scheme, tensor):
+  found, params = _stored(scheme)
+  planned = plan_lib.make(found, 'cpu:4', tensor=tensor, is_compiled=False)
+  unread = device_state.unread(params)
+  placement = placement_lib.make(
+    engine_config.EngineConfig(tensor=tensor),
+    planned.config,
+    unread,
+    vocab_size=planned.config.vocab_size,
+  )
+  assert planned.weight_bytes == placement.num_bytes(unread)
+  # A step reads the head, and one row of the embedding.
+  assert 0 < planned.step_bytes(1, 0) < planned.weight_bytes
+  assert [each.tensor for each in plan_lib.degrees(planned)] == [1, 2, 4]
+
+
+@pytest.mark.slow
+def test_a_step_of_kernels_cut_along_outputs_sends_inputs_and_outputs():
+  planned = plan_lib.make(_stored('ordered')[0], 'cpu:4', tensor=4)
+  assert len(planned.across) == 2
+  assert planned.sums_per_step == 1  # of the embedding
+  assert isinstance(planned.compiled, compile_ahead.Program)
+  # A device sends a quarter of the outputs; messages of the sampler are less.
+  least = planned.compiled_sequences * 4 * 96 / 4
+  sent = sum(
+    each.sent_bytes
+    for each in planned.compiled.traffic.collectives
+    if each.payload_bytes >= least
+  )
+  assert sent == planned.sent_bytes(planned.compiled_sequences)
+  assert planned.sends_no_weight
+  text = report.report(planned)
+  assert '1 sums of the stream, inputs and outputs of 2 stored kernels' in text
 
 
 @pytest.mark.parametrize(

@@ -281,5 +281,10 @@ def test_each_engine_for_prompts_takes_as_many_devices_in_one_process():
   config = dataclasses.replace(_LAYOUT, tensor=2, prefill_engines=2)
   assert config.num_devices == 6
   config_checks.over_processes(_LAYOUT)
-  with pytest.raises(ValueError, match='prefill_engines: got 2 over several'):
-    config_checks.over_processes(config)
+  for each, message in (
+    (config, 'prefill_engines: got 2 over several'),
+    # Followers have no table of adapters.
+    (dataclasses.replace(_LAYOUT, max_adapters=3), 'max_adapters: got 3 over'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      config_checks.over_processes(each)

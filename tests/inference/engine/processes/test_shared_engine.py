@@ -10,6 +10,7 @@ import pytest
 from inference import generate
 from inference.engine import engine_config
 from tests.helpers import commands, frozen_dirs, tiny_models
+from tests.helpers.open_weights import stored_params
 from tests.helpers.serving import shared_engine
 
 TIMEOUT_S = 300
@@ -97,7 +98,9 @@ def test_a_mixture_in_fast_numerics_has_the_bits_of_the_same_devices(tmp_path):
     num_active_experts=2,
     expert_width=32,
   )
-  frozen_dirs.write(tmp_path / 'model', config=config)
+  # All that is multiplied but experts is in fewer bits.
+  params = stored_params.stored(frozen_dirs.params(config), 'int4')
+  frozen_dirs.write(tmp_path / 'model', config=config, params=params)
   fields = {'tensor': 2, 'experts': 2, 'constraints': False}
   one, two = (
     _answers(tmp_path / 'model', tmp_path / str(count), count=count, **fields)

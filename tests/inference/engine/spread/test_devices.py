@@ -56,6 +56,9 @@ def _answers(engine, wanted, **how):
     ('odd_heads', 2, 1, (1, 2)),
     pytest.param('odd_heads', 8, 1, (1, 2, 4, 8), marks=pytest.mark.slow),
     pytest.param('gpt2', 8, 1, (1, 8), marks=pytest.mark.slow),
+    pytest.param('latent', 4, 1, (2, 4), marks=pytest.mark.slow),
+    # Key/value heads are copied: a norm over all heads counts each once.
+    pytest.param('whole_norms', 4, 1, (2, 4), marks=pytest.mark.slow),
     pytest.param('mixture', 4, 1, (1, 2, 4), marks=pytest.mark.slow),
     pytest.param('mixture', 4, 2, (1, 2, 4), marks=pytest.mark.slow),
   ],
@@ -91,7 +94,6 @@ def test_bits_do_not_depend_on_the_number_of_devices(
       assert logprobs[0].chosen == pytest.approx(expected[0].chosen, abs=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('kind', 'kv_dtype', 'least', 'most'),

@@ -10,6 +10,7 @@ from inference.engine import device_state, engine_config
 from inference.engine.spread import placement as placement_lib
 from models import layout
 from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.open_weights import stored_params
 from tests.helpers.serving import reference_engine
 
 
@@ -25,7 +26,13 @@ def _placement(kind, num_devices, params=None, experts=1):
 
 @pytest.mark.parametrize(
   ('kind', 'experts'),
-  [('odd_heads', 1), ('gpt2', 1), ('mixture', 1), ('mixture', 2)],
+  [
+    ('odd_heads', 1),
+    ('gpt2', 1),
+    ('whole_norms', 1),
+    ('mixture', 1),
+    ('mixture', 2),
+  ],  # fmt: skip
 )
 @pytest.mark.parametrize('num_devices', [2, 4])
 def test_weights_are_those_of_the_model_again(kind, experts, num_devices):
@@ -93,15 +100,10 @@ def test_a_frozen_directory_is_read_into_its_places(tmp_path):
   ('model', 'layout', 'message'),
   [
     ({}, {'tensor': 16}, 'engine.tensor: got 16, expected at most the number'),
-    ({}, {'tensor': 2, 'max_adapters': 3}, 'got 2 and 3 places for adapters'),
     ({}, {'tensor': 2, 'native': 'on'}, 'native = on, expected off'),
     (
       {}, {'tensor': 2, 'experts': 2},
       'engine.experts = 2 of a model without experts',
-    ),
-    (
-      {'qk_norm': True, 'qk_norm_whole': True}, {'tensor': 2},
-      'qk_norm_whole.*expected norms of each head',
     ),
   ],
 )  # fmt: skip
@@ -112,6 +114,21 @@ def test_an_unsupported_engine_is_refused(model, layout, message):
       engine_config.EngineConfig(**layout),
       config,
       device_state.unread(frozen_dirs.params(config)),
+      vocab_size=61,
+    )
+
+
+def test_experts_in_fewer_bits_are_refused():
+  config = tiny_models.mixture()
+  params = frozen_dirs.params(config)
+  experts = params['params']['layer_0']['moe']
+  kernel = stored_params.kernel(experts['expert_up']['kernel'], 'int8')
+  experts['expert_up'] = {'kernel': kernel}
+  with pytest.raises(ValueError, match='got 2 and experts in fewer bits, exp'):
+    placement_lib.make(
+      engine_config.EngineConfig(tensor=2),
+      config,
+      device_state.unread(params),
       vocab_size=61,
     )
 
