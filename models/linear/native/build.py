@@ -31,7 +31,7 @@ _HERE = pathlib.Path(__file__).parent
 STORED = 'kernel.cc'  # the product with kernels in fewer bits
 FEW_ROWS = 'few_rows.cc'  # the product of few rows with floats
 _HEADERS = {
-  STORED: ('formats.h', 'parts.h', 'simd.h'),
+  STORED: ('formats.h', 'parts.h', 'scales.h', 'simd.h'),
   FEW_ROWS: ('parts.h', 'simd.h'),
 }
 _COMPILERS = 'g++', 'clang++', 'c++'
