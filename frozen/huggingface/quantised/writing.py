@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -51,14 +52,12 @@ class _Planned:
 
   def arrays(self, leaves: Mapping[str, Any], dtype: Any):
     """Returns the tensors by name."""
-    parts = [leaves[path] for path in self.piece.ours]
+    parts = _parts(self.piece, leaves)
     if self.scheme is None:
       floats = [
         _whole(path, leaf, dtype)
         for path, leaf in zip(self.piece.ours, parts, strict=True)
       ]
-      if self.piece.expert is not None:
-        floats = [x[self.piece.expert] for x in floats]
       return {self.piece.theirs: self.piece.layout.write(*floats)}
     module = self.piece.theirs.rpartition('.')[0]
     arrays = _arrays(self.scheme, _joined(self.piece, parts))
@@ -133,7 +132,7 @@ def _uniform(planned: list[_Planned]) -> list[_Planned]:
 def _planned(
   piece: tensor_map.Piece, leaves: Mapping[str, Any], formats: list[str]
 ) -> _Planned:
-  parts = [leaves[path] for path in piece.ours]
+  parts = _parts(piece, leaves)
   if not any(map(stored_tree.is_stored, parts)):
     return _Planned(piece, None)
   if not all(isinstance(part, kernel_lib.Kernel) for part in parts):
@@ -150,6 +149,16 @@ def _planned(
   (scheme,) = set(found)
   assert isinstance(scheme, schemes.Scheme)
   return _Planned(piece, scheme, inputs=parts[0].shape[-2])
+
+
+def _parts(piece: tensor_map.Piece, leaves: Mapping[str, Any]) -> list[Any]:
+  """Returns the leaves that a tensor holds; of experts, that of one alone."""
+  parts = [leaves[path] for path in piece.ours]
+  if piece.expert is None:
+    return parts
+  return [
+    jax.tree.map(lambda x: np.asarray(x)[piece.expert], part) for part in parts
+  ]
 
 
 def _scheme(
