@@ -53,10 +53,11 @@ class Plan:
   tensor: int = 1  # devices that share the model
   # Smaller plans of the same generation, from one device on; see `smallest`.
   slices: tuple[tuple[str, int], ...] = ()  # (name, number of devices)
-  # Of kernels in fewer bits: the bytes that they save in memory, and in the
-  # reads of a step.
+  # Of kernels in fewer bits: the bytes that they save in memory, in the reads
+  # of a step, and in those of a step that reads all experts.
   saved_bytes: int = 0
   saved_bytes_of_step: int = 0
+  saved_bytes_of_experts: int = 0
   compiled: compile_ahead.Program | compile_ahead.OutOfMemory | None = None
   compiled_sequences: int = 0
 
@@ -127,6 +128,7 @@ class Plan:
     """
     config = self.part
     weights = flops.num_matmul_params(config)
+    saved: float = self.saved_bytes_of_step
     if config.num_experts:
       share = config.num_active_experts / config.num_experts
       taken = config.num_experts * (1 - (1 - share) ** num_sequences)
@@ -134,8 +136,9 @@ class Plan:
         config.num_experts - config.num_active_experts or 1
       )
       weights += (taken - config.num_active_experts) * each
+      saved += self.saved_bytes_of_experts * taken / config.num_experts
     cache = num_sequences * context * self.kv_bytes_per_token
-    return weights * self.itemsize - self.saved_bytes_of_step + cache
+    return weights * self.itemsize - saved + cache
 
   @property
   def sums_per_step(self) -> int:
@@ -294,7 +297,7 @@ def make(
     devices = []
   kind = devices[0].device_kind if target is None else target.device_kind
   peaks = peaks_lib.DATASHEETS.get(kind) or peaks_lib.peaks(devices[0])
-  saved, saved_of_step = _saved(subject)
+  saved, saved_of_step, saved_of_experts = _saved(subject)
   plan = Plan(
     subject=subject,
     target=target_name,
@@ -304,6 +307,7 @@ def make(
     slices=targets.slices(target) if target else (),
     saved_bytes=saved,
     saved_bytes_of_step=saved_of_step,
+    saved_bytes_of_experts=saved_of_experts,
   )
   if tensor is None:
     plan = chosen(plan) if target else plan
@@ -376,9 +380,10 @@ def _check_degree(
     refusals.check(engine, subject.config, subject.shapes())
 
 
-def _saved(subject: subject_lib.Subject) -> tuple[int, int]:
+def _saved(subject: subject_lib.Subject) -> tuple[int, int, int]:
+  """Returns the bytes saved in memory, of a step, and of its experts."""
   if subject.quantization == stored_kernels.NONE:
-    return 0, 0  # the shapes of a model take a moment
+    return 0, 0, 0  # the shapes of a model take a moment
   itemsize = jnp.dtype(subject.dtype).itemsize
   saved = {
     path: itemsize * math.prod(leaf.shape) - leaf.nbytes
@@ -389,4 +394,5 @@ def _saved(subject: subject_lib.Subject) -> tuple[int, int]:
   # A step looks up rows of an embedding that is not the head, too.
   tied = subject.config.tie_embeddings
   unread = 0 if tied else saved.get('params/embed/embedding', 0)
-  return total, total - unread
+  experts = sum(n for path, n in saved.items() if '/expert_' in path)
+  return total, total - unread - experts, experts

@@ -30,7 +30,7 @@ from inference.sampling import settings as settings_lib
 from inference.server.versions import memory
 from models import kv_cache, transformer
 from models.layers import reward_head
-from models.linear.stored import product
+from models.linear.stored import kernel as kernel_lib, product
 from tests.helpers import commands, frozen_dirs, tiny_models
 from tests.helpers.open_weights import stored_params
 from tests.helpers.training import tiny_adapters
@@ -354,6 +354,32 @@ def test_plans_count_the_bytes_that_are_stored(tmp_path):
   saved = 4 * (manifest.num_params - math.prod(table.shape))
   saved -= num_bytes - table.nbytes
   assert plan.step_bytes(1, 0) == pytest.approx(less - saved)
+
+
+def test_plans_of_a_mixture_count_the_experts_that_a_step_reads(tmp_path):
+  config = _mixture(num_layers=1, max_length=48)
+  params = _params('int4', config)
+  for name, tree in (('f', params), ('g', frozen_dirs.params(config))):
+    frozen_dirs.write(tmp_path / name, config=config, params=tree)
+  plan, whole = (
+    plan_lib.make(subject.of_directory(str(tmp_path / name))) for name in 'fg'
+  )
+  leaves = stored_kernels.by_path(params)
+  saved, of_experts = 0, 0
+  for path, leaf in leaves.items():
+    if isinstance(leaf, kernel_lib.Kernel) and 'params/embed/' not in path:
+      bytes_saved = 4 * math.prod(leaf.shape) - leaf.nbytes
+      if 'expert_' in path:
+        of_experts += bytes_saved
+      else:
+        saved += bytes_saved
+  for num_sequences, share in ((1, 2 / 8), (2, 1 - (6 / 8) ** 2)):
+    less = whole.step_bytes(num_sequences, 0) - plan.step_bytes(
+      num_sequences, 0
+    )
+    assert less == pytest.approx(saved + share * of_experts)
+  num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  assert plan.weight_bytes == num_bytes
 
 
 def test_the_plan_says_form_bits_and_bytes(tmp_path):
