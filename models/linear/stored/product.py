@@ -136,9 +136,7 @@ def grouped(
 def _in_pieces(x_JI, w_EIO, dtype, multiply, sizes_E) -> jax.Array:
   """Returns `grouped`: some rows of one group after the other."""
   num_rows, columns = x_JI.shape[0], w_EIO.shape[-1]
-  # About as many as the average group has: each piece dequantises its matrix.
-  average = -(-num_rows // sizes_E.shape[0])
-  size = min(_MOST_ROWS, 1 << (average - 1).bit_length())
+  size = _piece_rows(num_rows, sizes_E.shape[0])
   num_pieces, piece_at, _ = grouped_lib.pieces(sizes_E, size)
   x_padded = jnp.pad(x_JI, ((0, size), (0, 0)))
 
@@ -159,6 +157,18 @@ def _in_pieces(x_JI, w_EIO, dtype, multiply, sizes_E) -> jax.Array:
   y_JO = jax.lax.fori_loop(0, num_pieces, add_piece, y_JO)[:num_rows]
   is_grouped_J = jnp.arange(num_rows) < jnp.sum(sizes_E)
   return jnp.where(is_grouped_J[:, None], y_JO, 0)
+
+
+def _piece_rows(num_rows: int, num_groups: int) -> int:
+  """Returns the rows of a piece, a power of two."""
+  # One row is multiplied while it is dequantised: on a CPU three of them take
+  # as long as two together, for which XLA writes the floats of a block first.
+  if num_rows <= 2 * num_groups:
+    return 1
+  # Twice the average group: most groups are one piece, and each piece
+  # dequantises its matrix, which takes as long as some 50 rows on a CPU.
+  wanted = -(-2 * num_rows // num_groups)
+  return min(_MOST_ROWS, 1 << (wanted - 1).bit_length())
 
 
 def unembed(
