@@ -236,8 +236,8 @@ def _told(errors: Mapping[str, Mapping[str, float]]) -> str:
   few = [error.get('rounded_experts', 0) for error in errors.values()]
   if any(few):
     told += (
-      f'; {sum(few)} matrices of experts that saw too few tokens were only'
-      ' rounded'
+      f'; {sum(few)} of the matrices of experts saw too few tokens and were'
+      ' only rounded'
     )
   return told
 

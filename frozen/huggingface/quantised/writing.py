@@ -11,6 +11,10 @@ was kept and is written again has the bytes of its checkpoint. Other kernels
 become floats: act-order, which compressed-tensors no longer reads, nf4, blocks
 of a GGUF file, and tiles that compressed-tensors does not have.
 
+Each expert has tensors of its own, as in the checkpoints that the package
+makes. transformers 5.24 loads no such mixture, not even those: its modules have
+one parameter for all experts.
+
 Reference: see `schemes.py`.
 """
 
@@ -29,6 +33,10 @@ from models.linear.stored import kernel as kernel_lib, tree as stored_tree
 
 _E4M3, _E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
 _TABLES = ('embed/embedding', 'head/embedding')
+_OF_EXPERTS = (
+  'transformers (5.24) loads no experts in compressed-tensors; leave --format'
+  ' out for it'
+)
 
 
 class Plan(NamedTuple):
@@ -99,12 +107,17 @@ def plan(
   for each in planned:
     if each.why:
       whys[each.why] = whys.get(each.why, 0) + 1
+  notes = [
+    f'{n} kernels are written as floats: {why}' for why, n in whys.items()
+  ]
+  if any(each.scheme and each.piece.expert is not None for each in planned):
+    notes.append(_OF_EXPERTS)
   return Plan(
     shapes,
     dtypes,
     (item for each in planned for item in each.arrays(leaves, dtype).items()),
     _field(planned),
-    [f'{n} kernels are written as floats: {why}' for why, n in whys.items()],
+    notes,
   )
 
 

@@ -114,9 +114,10 @@ def test_experts_are_kept_with_the_numbers_and_bytes_of_the_package(
         torch.testing.assert_close(
           got.to(weight.dtype), weight.data, rtol=0, atol=1e-6
         )
-  exporting.export_directory(
+  exported = exporting.export_directory(
     tmp_path / 'ours', tmp_path / 'again', form=exporting.COMPRESSED
   )
+  assert any('loads no experts' in note for note in exported.notes)
   first, second = (
     quantised_dirs.load(place) for place in (directory, tmp_path / 'again')
   )
