@@ -178,14 +178,12 @@ def _check_path(path: str, leaf: Any) -> None:
   """Raises ValueError for a parameter that must be in floats."""
   collection, *_, owner, kind = path.split('/')
   is_matrix = kind == 'kernel' and owner not in stored_tree.WHOLE
-  is_expert = owner.startswith('expert_')
   is_table = kind == 'embedding' and _is_table(path)
-  if collection != 'params' or is_expert or not (is_matrix or is_table):
-    what = 'a matrix of experts' if is_expert else 'a parameter'
+  if collection != 'params' or not (is_matrix or is_table):
     raise ValueError(
-      f'{path}: got {what} in fewer bits, expected floats, {list(leaf.shape)}:'
-      ' only matrices of linear layers, embeddings and heads are multiplied as'
-      ' they are stored'
+      f'{path}: got a parameter in fewer bits, expected floats,'
+      f' {list(leaf.shape)}: only matrices of linear layers and experts,'
+      ' embeddings and heads are multiplied as they are stored'
     )
 
 

@@ -89,8 +89,8 @@ def check(experiment: experiment_lib.Experiment) -> None:
   if experiment.model.num_experts:
     raise ValueError(
       f'adapter.base: got {config.base} with model.num_experts ='
-      f' {experiment.model.num_experts}, expected float: matrices of experts'
-      ' are not stored in fewer bits; set adapter.base = float'
+      f' {experiment.model.num_experts}, expected float: products with experts'
+      ' in fewer bits have no gradient; set adapter.base = float'
     )
 
 

@@ -60,7 +60,8 @@ def _define_flags() -> None:
     'method',
     'gptq',
     f'Way to choose the numbers: one of {", ".join(quantizing.METHODS)}. rtn'
-    ' only rounds; the others calibrate on the text.',
+    ' only rounds; the others calibrate on the text, each expert of a mixture'
+    ' on its own tokens: give more --rows if many experts are only rounded.',
   )
   path_flags.DEFINE_path(
     'text',

@@ -1,11 +1,13 @@
 """The inputs of a layer's kernels on a text, from the model's own function.
 
-    moments = moments_of(block, params, batches)
+    moments, routed = inputs_of(block, params, batches)
     batches = advance(block, params, batches)
 
 A port `Execution.linear` keeps the input of every kernel that passes through
 it. A kernel whose product does not pass through the port is not seen here, and
-is not quantised either.
+is not quantised either. Of a mixture of experts, a port `apply_experts` keeps
+its input and the experts of each token; `experts.py` makes the moments of each
+expert of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +26,7 @@ from models import (
   transformer,
 )
 from models.linear import plain
+from models.moe import dispatch
 
 _BATCH = 4  # rows of text that are computed together
 
@@ -42,6 +45,13 @@ class Moments(NamedTuple):
       self.mean_I * scale_I,
       self.largest_I * scale_I,
     )
+
+
+class Routed(NamedTuple):
+  """The input of the experts of a layer, for all N tokens."""
+
+  x_ND: np.ndarray  # float32
+  ids_NA: np.ndarray  # the experts of each token
 
 
 class Batch(NamedTuple):
@@ -83,22 +93,34 @@ def _embedded(variables, tokens_BT, *, model):
   return model.apply(variables, tokens_BT, has_cache=True, method='embedded')
 
 
-def moments_of(
+def inputs_of(
   block: block_lib.Block, params: Any, batches: Sequence[Batch]
-) -> Mapping[str, Moments]:
-  """Returns the moments of each kernel's input, by its path in the layer."""
+) -> tuple[Mapping[str, Moments], Routed | None]:
+  """Returns the inputs of a layer's kernels.
+
+  Returns:
+    The moments of each kernel's input, by its path in the layer, without
+    kernels of experts; and the input of these, None in a layer without any.
+  """
   num_tokens = sum(x_BTD.shape[0] * x_BTD.shape[1] for x_BTD, _ in batches)
-  found = None
+  found, routed = None, []
   for batch in batches:
-    sums = _sums(params, *batch, block=block)
+    sums, of_experts = _sums(params, *batch, block=block)
     found = sums if found is None else _added(found, sums)
+    if of_experts is not None:
+      routed.append(
+        [np.asarray(x.reshape(-1, x.shape[-1])) for x in of_experts]
+      )
   assert found is not None, 'a text has at least one row'
-  return {
+  moments = {
     path: Moments(
       sums.second_II / num_tokens, sums.mean_I / num_tokens, sums.largest_I
     )
     for path, sums in found.items()
   }
+  if not routed:
+    return moments, None
+  return moments, Routed(*map(np.concatenate, zip(*routed, strict=True)))
 
 
 def advance(
@@ -120,12 +142,14 @@ def _applied(params, x_BTD, shared, *, block):
 @functools.partial(jax.jit, static_argnames=('block',))
 def _sums(params, x_BTD, shared, *, block):
   port = _Recorder(params)
-  execution = dataclasses.replace(block.execution, linear=port)
+  execution = dataclasses.replace(
+    block.execution, linear=port, apply_experts=port.apply_experts
+  )
   recording = block_lib.Block(
     block.config, block.dtype, execution, block.layer, parent=None
   )
   recording.apply({'params': params}, x_BTD, None, *shared)
-  return {path: _sum(x) for path, x in port.inputs.items()}
+  return {path: _sum(x) for path, x in port.inputs.items()}, port.routed
 
 
 def _sum(x) -> Moments:
@@ -147,7 +171,7 @@ def _added(a, b):
 
 
 class _Recorder:
-  """The port `Execution.linear` that keeps the inputs of known kernels.
+  """The ports `linear` and `apply_experts` that keep the inputs of kernels.
 
   It is used while one program is traced. There, a kernel is the same object in
   the params and in the call.
@@ -159,9 +183,14 @@ class _Recorder:
       for path, leaf in frozen_format.leaves_by_path(params).items()
     }
     self.inputs: dict[str, jax.Array] = {}
+    self.routed: tuple[jax.Array, jax.Array] | None = None
 
   def __call__(self, x, w_IO, bias_O, dtype):
     path = self._paths.get(id(w_IO), '')
     if path.endswith('/kernel'):
       self.inputs[path] = x
     return plain.linear(x, w_IO, bias_O, dtype)
+
+  def apply_experts(self, x_BTD, ids_BTA, gates_BTA, kernels, dtype):
+    self.routed = x_BTD.astype(jnp.float32), ids_BTA
+    return dispatch.apply_experts(x_BTD, ids_BTA, gates_BTA, kernels, dtype)

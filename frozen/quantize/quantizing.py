@@ -5,8 +5,8 @@ of the layers quantised so far, on which GPTQ, AWQ and SmoothQuant calibrate. So
 later layers can compensate for errors of earlier layers. Only one layer at a
 time has its statistics in memory.
 
-Only kernels of linear layers are quantised. Embedding, head, norms and biases
-stay in floats.
+Only kernels of linear layers and of experts are quantised. Embedding, head,
+norms, biases and routers stay in floats.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,14 @@ from frozen import (
   manifest as manifest_lib,
   stored_kernels,
 )
-from frozen.quantize import activations, calibration, gptq, quality, scaling
+from frozen.quantize import (
+  activations,
+  calibration,
+  experts,
+  gptq,
+  quality,
+  scaling,
+)
 from models import layout, model_config
 from models.linear.stored import (
   kernel as kernel_lib,
@@ -97,6 +104,10 @@ def quantise_directory(
     'original': manifest.weights_digest,
     'kernels': result.kernels,
   }
+  if opened.config.num_experts:
+    report['rounded_experts'] = sum(
+      errors.get('rounded_experts', 0) for errors in result.kernels.values()
+    )
   fields = {
     field.name: getattr(manifest, field.name)
     for field in dataclasses.fields(manifest_lib.Provenance)
@@ -137,7 +148,7 @@ def check_method(scheme: str, method: str) -> None:
 
 def check_source(opened: frozen_format.Opened) -> None:
   """Raises ValueError for a model that cannot be quantised."""
-  manifest, config = opened.manifest, opened.config
+  manifest = opened.manifest
 
   def refuse(got: str, expected: str, fix: str):
     raise ValueError(
@@ -155,12 +166,6 @@ def check_source(opened: frozen_format.Opened) -> None:
       f'with heads {manifest.heads}',
       'a language model',
       'serve a reward model in floats',
-    )
-  if config.num_experts:
-    refuse(
-      f'with {config.num_experts} experts per layer',
-      'a dense model',
-      'experts are multiplied in floats only',
     )
 
 
@@ -198,10 +203,16 @@ def quantised(
   for n in range(config.num_layers):
     name = f'layer_{n}'
     block = activations.block(config, n)
-    moments = activations.moments_of(block, tree[name], drawn)
+    moments, routed = activations.inputs_of(block, tree[name], drawn)
     old = activations.advance(block, tree[name], old)
     found[name], errors = _layer(
-      tree[name], moments, config, name=name, scheme=scheme, method=method
+      tree[name],
+      moments,
+      routed,
+      config,
+      name=name,
+      scheme=scheme,
+      method=method,
     )
     drawn, new = (
       activations.advance(block, found[name], batches)
@@ -210,14 +221,25 @@ def quantised(
     kernels |= {
       f'params/{name}/{path}': error for path, error in errors.items()
     }
-    worst = max(error['output_error'] for error in errors.values())
-    tell(f'{name}: largest error of an output {worst:.2%}')
+    tell(f'{name}: {_told(errors)}')
   return Result(
     params={'params': found},
     config=config,
     kernels=kernels,
     quality=quality.table(config, outer, old, new, rows.held_out_RT),
   )
+
+
+def _told(errors: Mapping[str, Mapping[str, float]]) -> str:
+  worst = max(error['output_error'] for error in errors.values())
+  told = f'largest error of an output {worst:.2%}'
+  few = [error.get('rounded_experts', 0) for error in errors.values()]
+  if any(few):
+    told += (
+      f'; {sum(few)} of the matrices of experts saw too few tokens and were'
+      ' only rounded'
+    )
+  return told
 
 
 def _is_layer(name: str) -> bool:
@@ -227,6 +249,7 @@ def _is_layer(name: str) -> bool:
 def _layer(
   params: Any,
   moments: Mapping[str, activations.Moments],
+  routed: activations.Routed | None,
   config: model_config.ModelConfig,
   *,
   name: str,
@@ -235,10 +258,12 @@ def _layer(
 ) -> tuple[Any, dict[str, dict[str, float]]]:
   """Returns a layer in fewer bits, and the errors of its kernels."""
   layer: dict[str, Any] = traverse_util.flatten_dict(params, sep='/')
+  scale_I = None
   if method in ('awq', 'smoothquant'):
-    layer, moments = scaling.scaled(
-      layer, moments, config, method=method, scheme=scheme
-    )
+    layer, moments, scale_I = scaling.scaled(
+      layer, moments, config, method=method, scheme=scheme,
+      experts=None if routed is None else experts.inputs(layer, routed),
+    )  # fmt: skip
   errors = {}
   for path, of_input in moments.items():
     w_IO = jnp.asarray(layer[path], jnp.float32)
@@ -254,6 +279,14 @@ def _layer(
       for key, value in _errors(kernel, w_IO, of_input.second_II).items()
     }
     layer[path] = kernel
+  if routed is not None:
+    try:
+      made = experts.quantise(
+        layer, routed, scale_I, scheme=scheme, method=method
+      )
+    except ValueError as error:
+      raise ValueError(f'{name}/{error}') from None
+    layer, errors = layer | made.kernels, errors | made.errors
   return traverse_util.unflatten_dict(layer, sep='/'), errors
 
 

@@ -12,10 +12,15 @@ of a gated MLP. So the model computes nothing more.
 
 The output of attention is not scaled: with grouped queries, several of its
 channels are made by one column of `value`.
+
+All experts of a mixture read the output of one norm, and so does the router,
+which stays in floats: its rows are multiplied by the same scale. `experts.py`
+multiplies the rows of the experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -31,26 +36,50 @@ _ALPHA = 0.5  # alpha of SmoothQuant
 # All kernels that a layer may have, so that no reader of an input is missed.
 _KERNELS = {
   *(f'attention/{name}/kernel' for name in ('query', 'key', 'value', 'out')),
-  *(f'mlp/{name}/kernel' for name in ('up', 'gate', 'down')),
+  *(
+    f'{owner}/{name}/kernel'
+    for owner in ('mlp', 'moe/shared')
+    for name in ('up', 'gate', 'down')
+  ),
 }
+_ROUTER = 'moe/router/kernel'
 
 Layer = Mapping[str, Any]  # params of a layer by path, 'mlp/up/kernel'
 Moments = Mapping[str, activations.Moments]
 
 
+class Reader(NamedTuple):
+  """Kernels that read an input, with its moments over their own tokens."""
+
+  kernels: tuple[Any, ...]  # float32 [I, O]
+  second_II: Any
+  share: float  # of all tokens
+
+
 class Place(NamedTuple):
   """Kernels that read one input, and the part that makes the input."""
 
-  maker: str  # the norm, or 'mlp/up'
+  maker: str  # the norm, or 'up' of an MLP
   kernels: tuple[str, ...]
+  has_experts: bool = False  # whether experts and a router read it, too
 
 
-def places(config: model_config.ModelConfig, moments: Moments) -> list[Place]:
+class Experts(NamedTuple):
+  """The experts of a layer, as far as the scale of their input needs them."""
+
+  moments: activations.Moments  # over all tokens; without `second_II`
+  readers: Iterable[Reader]
+
+
+def places(
+  config: model_config.ModelConfig, moments: Moments, has_experts: bool = False
+) -> list[Place]:
   """Returns the places of a layer whose input can be scaled.
 
   Args:
     config: config of the model.
     moments: moments of the layer's kernels.
+    has_experts: whether the layer is a mixture of experts.
 
   Raises:
     ValueError: there are kernels with other makers, as in latent attention.
@@ -62,16 +91,19 @@ def places(config: model_config.ModelConfig, moments: Moments) -> list[Place]:
       ' rtn or gptq'
     )
   found = []
+  owner = 'moe/shared' if has_experts else 'mlp'
+  down = f'{owner}/down/kernel'
   if config.norm_place != 'after':  # else the input is the residual stream
-    for maker, owner, output in (
+    for maker, start, output in (
       ('attention_norm', 'attention/', 'attention/out/kernel'),
-      ('mlp_norm', 'mlp/', 'mlp/down/kernel'),
+      ('mlp_norm', f'{owner}/', down),
     ):
-      kernels = [x for x in moments if x.startswith(owner) and x != output]
-      if kernels:  # layers of attention alone have no MLP
-        found.append(Place(maker, tuple(kernels)))
-  if mlp.is_gated(config.mlp):
-    found.append(Place('mlp/up', ('mlp/down/kernel',)))
+      kernels = [x for x in moments if x.startswith(start) and x != output]
+      of_experts = has_experts and maker == 'mlp_norm'
+      if kernels or of_experts:  # layers of attention alone have no MLP
+        found.append(Place(maker, tuple(kernels), of_experts))
+  if mlp.is_gated(config.mlp) and down in moments:
+    found.append(Place(f'{owner}/up', (down,)))
   return found
 
 
@@ -82,7 +114,8 @@ def scaled(
   *,
   method: str,
   scheme: str,
-) -> tuple[dict[str, Any], dict[str, activations.Moments]]:
+  experts: Experts | None = None,
+) -> tuple[dict[str, Any], dict[str, activations.Moments], Any]:
   """Returns a layer of the same function, and the moments of its inputs.
 
   Args:
@@ -92,64 +125,114 @@ def scaled(
     config: config of the model.
     method: awq or smoothquant.
     scheme: scheme in which the kernels will be stored.
+    experts: the experts of the layer; None: there are none.
+
+  Returns:
+    The layer, the moments, and the scale by which the rows of the experts are
+    yet to be multiplied, and by which their input is divided; None: 1.
   """
   layer, moments = dict(layer), dict(moments)
-  for place in places(config, moments):
+  of_experts_I = None
+  for place in places(config, moments, experts is not None):
     kernels = tuple(
       jnp.asarray(layer[path], jnp.float32) for path in place.kernels
     )
-    of_input = moments[place.kernels[0]]
-    if method == 'awq':
-      scale_I = awq_scale(kernels, of_input, scheme=scheme)
-    else:
-      scale_I = smoothquant_scale(kernels, of_input)
+    readers, of_input = [], None
+    if kernels:
+      of_input = moments[place.kernels[0]]
+      readers = [Reader(kernels, of_input.second_II, 1.0)]
+    if place.has_experts:
+      assert experts is not None
+      readers = itertools.chain(readers, experts.readers)
+      of_input = experts.moments
+    assert of_input is not None, 'a place has readers'
+    scale_I = scale_of(readers, of_input, method=method, scheme=scheme)
     scale_I = _divide(layer, place.maker, scale_I, config)
     for path, w_IO in zip(place.kernels, kernels, strict=True):
       layer[path] = w_IO * scale_I[:, None]
       moments[path] = moments[path].scaled(1 / scale_I)
-  return layer, moments
+    if place.has_experts:
+      router_IE, of_experts_I = layer[_ROUTER], scale_I
+      scaled_IE = router_IE.astype(jnp.float32) * scale_I[:, None]
+      layer[_ROUTER] = scaled_IE.astype(router_IE.dtype)
+  return layer, moments, of_experts_I
+
+
+def scale_of(
+  readers: Iterable[Reader],
+  moments: activations.Moments,
+  *,
+  method: str,
+  scheme: str,
+) -> jax.Array:
+  """Returns the scale of an input, [I], by a method.
+
+  Args:
+    readers: kernels that read the input; taken one after the other.
+    moments: `mean_I` and `largest_I` of the input.
+    method: awq or smoothquant.
+    scheme: scheme in which the kernels will be stored.
+  """
+  if method == 'awq':
+    return awq_scale(readers, moments.mean_I, scheme=scheme)
+  return smoothquant_scale(readers, moments.largest_I)
+
+
+def awq_scale(
+  readers: Iterable[Reader], mean_I: jax.Array, *, scheme: str
+) -> jax.Array:
+  """Returns the scale of an input with the smallest error of the outputs."""
+  scales_PI = _awq_scales(mean_I)
+  errors_P = jnp.zeros(_POWERS)
+  for reader in readers:
+    errors_P += reader.share * _awq_errors(
+      reader.kernels, reader.second_II, scales_PI, scheme=scheme
+    )
+  return scales_PI[jnp.argmin(errors_P)]
+
+
+@jax.jit
+def _awq_scales(mean_I):
+  """Returns the scales that are tried, a row each."""
+  # A channel that is always 0 would have a scale of 0.
+  largest = jnp.max(mean_I)
+  mean_I = jnp.maximum(mean_I, 1e-4 * largest)
+  mean_I = jnp.where(largest > 0, mean_I, 1)
+  powers_P = jnp.arange(_POWERS) / _POWERS
+  scales_PI = mean_I[None] ** powers_P[:, None]
+  middle_P = jnp.sqrt(jnp.max(scales_PI, axis=1) * jnp.min(scales_PI, axis=1))
+  return scales_PI / middle_P[:, None]
 
 
 @functools.partial(jax.jit, static_argnames=('scheme',))
-def awq_scale(
-  kernels: tuple[jax.Array, ...], moments: activations.Moments, *, scheme: str
-) -> jax.Array:
-  """Returns the scale of an input with the smallest error of the outputs."""
-  # A channel that is always 0 would have a scale of 0.
-  largest = jnp.max(moments.mean_I)
-  mean_I = jnp.maximum(moments.mean_I, 1e-4 * largest)
-  mean_I = jnp.where(largest > 0, mean_I, 1)
+def _awq_errors(kernels, second_II, scales_PI, *, scheme: str):
+  """Returns the error of the outputs with each scale, [P]."""
 
-  def scale(power):
-    scale_I = mean_I**power
-    return scale_I / jnp.sqrt(jnp.max(scale_I) * jnp.min(scale_I))
-
-  def error(power):
-    scale_I = scale(power)[:, None]
+  def error(scale_I):
+    scale_I1 = scale_I[:, None]
     return sum(
       output_error(
-        rounding.by_scheme(w_IO * scale_I, scheme).whole(jnp.float32) / scale_I
+        rounding.by_scheme(w_IO * scale_I1, scheme).whole(jnp.float32)
+        / scale_I1
         - w_IO,
-        moments.second_II,
+        second_II,
       )
       for w_IO in kernels
     )
 
-  powers = jnp.arange(_POWERS) / _POWERS
-  return scale(powers[jnp.argmin(jax.lax.map(error, powers))])
+  return jax.lax.map(error, scales_PI)
 
 
-@jax.jit
 def smoothquant_scale(
-  kernels: tuple[jax.Array, ...], moments: activations.Moments
+  readers: Iterable[Reader], largest_I: jax.Array
 ) -> jax.Array:
   """Returns the scale of an input that evens out activations and weights."""
-  weight_I = functools.reduce(
-    jnp.maximum, [jnp.max(jnp.abs(w_IO), axis=1) for w_IO in kernels]
-  )
   least = jnp.float32(1e-5)  # as in the code of the paper
-  largest_I = jnp.maximum(moments.largest_I, least)
-  weight_I = jnp.maximum(weight_I, least)
+  weight_I = least
+  for reader in readers:
+    for w_IO in reader.kernels:
+      weight_I = jnp.maximum(weight_I, jnp.max(jnp.abs(w_IO), axis=1))
+  largest_I = jnp.maximum(largest_I, least)
   return jnp.maximum(largest_I**_ALPHA / weight_I ** (1 - _ALPHA), least)
 
 
@@ -164,7 +247,7 @@ def _divide(layer, maker: str, scale_I, config) -> jax.Array:
   A norm keeps its dtype, so its divisor is rounded: the kernels are multiplied
   by the rounded divisor.
   """
-  if maker == 'mlp/up':
+  if maker.endswith('/up'):
     path = f'{maker}/kernel'
     layer[path] = jnp.asarray(layer[path], jnp.float32) / scale_I[None]
   else:

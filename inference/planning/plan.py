@@ -21,7 +21,6 @@ import bisect
 from collections.abc import Mapping
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +36,12 @@ from inference.engine.spread import (
   refusals,
   stored as stored_lib,
 )
-from inference.planning import compiled as compiled_lib, subject as subject_lib
+from inference.planning import (
+  compiled as compiled_lib,
+  saved as saved_lib,
+  subject as subject_lib,
+)
 from models import flops, kv_cache, model_config
-from models.linear.stored import tree as stored_tree
 from parallel import mesh as mesh_lib, parallel_config
 
 # Share of the memory left free, for activations, the runtime, and everything
@@ -63,10 +65,11 @@ class Plan:
   slices: tuple[tuple[str, int], ...] = ()  # (name, number of devices)
   num_adapters: int = 0  # places for adapters beside the weights
   adapter_rank: int = 0
-  # Of kernels in fewer bits: the bytes that they save in memory, and in the
-  # reads of a step.
+  # Of kernels in fewer bits: the bytes that they save in memory, in the reads
+  # of a step, and in those of a step that reads all experts.
   saved_bytes: int = 0
   saved_bytes_of_step: int = 0
+  saved_bytes_of_experts: int = 0
   compiled: compile_ahead.Program | compile_ahead.OutOfMemory | None = None
   compiled_sequences: int = 0
 
@@ -107,16 +110,18 @@ class Plan:
     return stored_lib.cuts(self._layout, shapes)
 
   @functools.cached_property
-  def _saved(self) -> tuple[int, int]:
-    """The bytes that kernels in fewer bits save a device, and of its reads."""
+  def _saved(self) -> saved_lib.Saved:
+    """The bytes that kernels in fewer bits save a device."""
     if self.tensor == 1:
-      return self.saved_bytes, self.saved_bytes_of_step
+      return saved_lib.Saved(
+        self.saved_bytes, self.saved_bytes_of_step, self.saved_bytes_of_experts
+      )
     saved = {
       path: self.itemsize * cut.num_weights(self.tensor)
       - cut.num_bytes(self.tensor)
       for path, cut in self._cuts.items()
     }
-    return _with_reads(saved, self.config)
+    return saved_lib.with_reads(saved, self.config)
 
   @property
   def across(self) -> list[stored_lib.Cut]:
@@ -126,7 +131,7 @@ class Plan:
   @functools.cached_property
   def weight_bytes(self) -> int:
     """Bytes of all weights that a device has."""
-    saved, _ = self._saved
+    saved = self._saved.memory
     if self.tensor == 1:
       return self.subject.num_params * self.itemsize - saved
     return flops.num_params(self.part) * self.itemsize - saved
@@ -194,6 +199,7 @@ class Plan:
     """
     config = self.part
     weights = flops.num_matmul_params(config)
+    saved: float = self._saved.step
     if config.num_experts:
       share = config.num_active_experts / config.num_experts
       taken = config.num_experts * (1 - (1 - share) ** num_sequences)
@@ -201,8 +207,8 @@ class Plan:
         config.num_experts - config.num_active_experts or 1
       )
       weights += (taken - config.num_active_experts) * each
+      saved += self._saved.experts * taken / config.num_experts
     cache = num_sequences * context * self.kv_bytes_per_token
-    _, saved = self._saved
     # A step computes with all places for adapters.
     return weights * self.itemsize - saved + self.adapter_bytes + cache
 
@@ -374,7 +380,7 @@ def make(
     devices = []
   kind = devices[0].device_kind if target is None else target.device_kind
   peaks = peaks_lib.DATASHEETS.get(kind) or peaks_lib.peaks(devices[0])
-  saved, saved_of_step = _saved(subject)
+  saved = saved_lib.of_subject(subject)
   room = engine_config.EngineConfig(
     max_adapters=max_adapters, max_adapter_rank=max_adapter_rank
   ).holding([])
@@ -387,8 +393,9 @@ def make(
     slices=targets.slices(target) if target else (),
     num_adapters=max_adapters,
     adapter_rank=room.max_adapter_rank or 0,
-    saved_bytes=saved,
-    saved_bytes_of_step=saved_of_step,
+    saved_bytes=saved.memory,
+    saved_bytes_of_step=saved.step,
+    saved_bytes_of_experts=saved.experts,
   )
   if tensor is None:
     plan = chosen(plan) if target else plan
@@ -460,31 +467,3 @@ def _check_degree(
   engine = engine_config.EngineConfig(tensor=tensor, experts=experts)
   if tensor > 1:
     refusals.check(engine, subject.config, subject.shapes())
-
-
-def _saved(subject: subject_lib.Subject) -> tuple[int, int]:
-  if subject.quantization == stored_kernels.NONE:
-    return 0, 0  # the shapes of a model take a moment
-  itemsize = jnp.dtype(subject.dtype).itemsize
-  saved = {
-    path: itemsize * math.prod(leaf.shape) - leaf.nbytes
-    for path, leaf in stored_kernels.by_path(subject.shapes()).items()
-    if stored_tree.is_stored(leaf)
-  }
-  return _with_reads(saved, subject.config)
-
-
-def _with_reads(
-  saved: Mapping[str, int], config: model_config.ModelConfig
-) -> tuple[int, int]:
-  """Returns the saved bytes in memory and in the reads of a step.
-
-  Args:
-    saved: bytes of each kernel, by path.
-    config: of the model.
-  """
-  total = sum(saved.values())
-  # A step looks up rows of an embedding that is not the head, too.
-  tied = config.tie_embeddings
-  unread = 0 if tied else saved.get('params/embed/embedding', 0)
-  return total, total - unread

@@ -200,7 +200,7 @@ def _times_in_pieces(x_JI, w_EIO, sizes_E, *, w_axis):
   num_rows, size = x_JI.shape[0], _piece_size(x_JI.shape[0], w_EIO.shape[0])
   if w_EIO.dtype == jnp.bfloat16:
     size = max(size, 2)  # as in `models.linear.plain`
-  num_pieces, piece_at, _ = _pieces(sizes_E, size)
+  num_pieces, piece_at, _ = pieces(sizes_E, size)
   x_padded = jnp.pad(x_JI, ((0, size), (0, 0)))
 
   def add_piece(j, y_JO):
@@ -223,7 +223,7 @@ def _times_in_pieces(x_JI, w_EIO, sizes_E, *, w_axis):
 
 def _outer_in_pieces(x_JI, dy_JO, sizes_E):
   size = _piece_size(x_JI.shape[0], sizes_E.shape[0])
-  num_pieces, piece_at, end_E = _pieces(sizes_E, size)
+  num_pieces, piece_at, end_E = pieces(sizes_E, size)
   x_padded, dy_padded = (
     jnp.pad(rows, ((0, size), (0, 0))) for rows in (x_JI, dy_JO)
   )
@@ -308,7 +308,7 @@ def _batches(num_rows, sizes_E):
   half_group = num_rows // (2 * num_groups)
   size = max(_MIN_BATCH_ROWS, 1 << (half_group - 1).bit_length())
   num_pieces = num_rows // size + num_groups
-  _, piece_at, end_E = _pieces(sizes_E, size)
+  _, piece_at, end_E = pieces(sizes_E, size)
   group_N, start_N = jax.vmap(piece_at)(jnp.arange(num_pieces))
   places_J = jnp.arange(num_rows)
   group_J = jnp.searchsorted(end_E, places_J, side='right')
@@ -318,7 +318,7 @@ def _batches(num_rows, sizes_E):
   return start_N[:, None] + jnp.arange(size)[None, :], group_N, row_J
 
 
-def _pieces(sizes_E, size):
+def pieces(sizes_E, size):
   """Cuts each group into pieces of `size` rows; the last piece may be partial.
 
   Returns:

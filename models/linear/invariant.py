@@ -29,6 +29,8 @@ import jax.numpy as jnp
 from models import execution as execution_lib, kv_cache
 from models.attention import form as form_lib, paged
 from models.linear import plain
+from models.linear.stored import product as stored_product
+from models.moe import dispatch
 
 TILE_ROWS = 32  # of matrix products
 # Queries of one sequence that attention computes together. A prompt fills such
@@ -90,16 +92,28 @@ def apply_experts(
   x_BTD: jax.Array,
   ids_BTA: jax.Array,
   gates_BTA: jax.Array,
-  kernels: Mapping[str, jax.Array],
+  kernels: Mapping[str, Any],
   dtype: Any,
+  stored: stored_product.Computed | None = None,
 ) -> jax.Array:
   """Returns the sum over a token's experts of gate * expert(x), [B, T, D].
 
   Every expert multiplies every token, and the results of unselected experts are
   dropped. That is E/A times the work of grouping tokens by expert, but the size
-  of a group would depend on all tokens.
+  of a group would depend on all tokens. Kernels in fewer bits have a product
+  that takes groups of any size in tiles.
+
+  Args:
+    x_BTD: the input.
+    ids_BTA: as in `models.moe.dispatch`, like the next two.
+    gates_BTA: float32.
+    kernels: of all experts.
+    dtype: dtype of the computation.
+    stored: `Execution.stored`, if kernels are in fewer bits.
   """
-  num_active = ids_BTA.shape[-1]
+  if stored is not None:
+    y_BTAD = _of_groups(x_BTD, ids_BTA, kernels, dtype, stored)
+    return _summed(y_BTAD, gates_BTA, dtype)
 
   def expert(y_BTAD, index):
     kernel = {name: plain.matrix(w, index) for name, w in kernels.items()}
@@ -117,8 +131,24 @@ def apply_experts(
   num_experts = kernels['down'].shape[0]
   empty_BTAD = jnp.zeros((*ids_BTA.shape, x_BTD.shape[-1]), dtype)
   y_BTAD, _ = jax.lax.scan(expert, empty_BTAD, jnp.arange(num_experts))
-  y_BTD = jnp.zeros(x_BTD.shape, jnp.float32)
-  for a in range(num_active):  # a fixed order of summation
+  return _summed(y_BTAD, gates_BTA, dtype)
+
+
+def _of_groups(x_BTD, ids_BTA, kernels, dtype, stored) -> jax.Array:
+  """Returns the outputs of the experts of each token, [B, T, A, D]."""
+
+  def grouped(name, x_JI, sizes_E):
+    return stored_product.grouped(
+      x_JI, kernels[name], sizes_E, dtype, linear, stored
+    )
+
+  y_MAD = dispatch.outputs(x_BTD, ids_BTA, kernels, dtype, grouped)
+  return y_MAD.reshape((*ids_BTA.shape, -1))
+
+
+def _summed(y_BTAD, gates_BTA, dtype) -> jax.Array:
+  y_BTD = jnp.zeros((*y_BTAD.shape[:2], y_BTAD.shape[-1]), jnp.float32)
+  for a in range(y_BTAD.shape[2]):  # a fixed order of summation
     y_BTD += y_BTAD[:, :, a].astype(jnp.float32) * gates_BTA[:, :, a, None]
   return y_BTD.astype(dtype)
 

@@ -10,7 +10,7 @@ function and a port of `models.execution`; `parallel/expert_parallel.py` spreads
 it over a mesh.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import functools
 from typing import Any
 
@@ -18,16 +18,18 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.linear import grouped
+from models.linear import grouped, plain
+from models.linear.stored import product as stored_product, tree as stored_tree
 
 
 def apply_experts(
   x_BTD: jax.Array,
   ids_BTA: jax.Array,
   gates_BTA: jax.Array,
-  kernels: Mapping[str, jax.Array],
+  kernels: Mapping[str, Any],
   dtype: Any,
   held: Mapping[str, grouped.Held] | None = None,
+  stored: stored_product.Computed = stored_product.in_blocks,
 ) -> jax.Array:
   """Returns the sum over a token's experts of gate * expert(x), [B, T, D].
 
@@ -39,29 +41,55 @@ def apply_experts(
       [E, D, F], and GELU without.
     dtype: dtype of the computation; sums are float32.
     held: gather and scatter of each kernel, if this device holds a part of it.
+    stored: `Execution.stored`, for kernels in fewer bits.
   """
-  num_experts = kernels['down'].shape[0]
-  shape, num_active = x_BTD.shape, ids_BTA.shape[-1]
-  order_J, inverse_J, sizes_E = _sorted_copies(ids_BTA, num_experts)
 
-  def grouped_linear(name, x_JI):
+  def linear(name, x_JI, sizes_E):
+    if stored_tree.is_stored(kernels[name]):
+      return stored_product.grouped(
+        x_JI, kernels[name], sizes_E, dtype, plain.linear, stored
+      )
     how = grouped.WHOLE if held is None else held[name]
     y_JO: Any = grouped.grouped_linear(
       x_JI, kernels[name], sizes_E, jnp.dtype(dtype), how
     )
     return y_JO
 
+  y_MAD = outputs(x_BTD, ids_BTA, kernels, dtype, linear)
+  gates_MA = gates_BTA.reshape((-1, ids_BTA.shape[-1]))
+  return _weighted_sum(y_MAD, gates_MA).astype(dtype).reshape(x_BTD.shape)
+
+
+def outputs(
+  x_BTD: jax.Array,
+  ids_BTA: jax.Array,
+  kernels: Mapping[str, Any],
+  dtype: Any,
+  linear: Callable[[str, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+  """Returns the output of each expert of each token, [M, A, D].
+
+  Args:
+    x_BTD: M = B T tokens.
+    ids_BTA: see `apply_experts`.
+    kernels: see `apply_experts`.
+    dtype: dtype of the computation.
+    linear: (name, x_JI, sizes_E) -> y_JO, with the kernel of a name; see
+      `models.linear.grouped`.
+  """
+  num_experts = kernels['down'].shape[0]
+  shape, num_active = x_BTD.shape, ids_BTA.shape[-1]
+  order_J, inverse_J, sizes_E = _sorted_copies(ids_BTA, num_experts)
   x_MD = x_BTD.reshape((-1, shape[-1])).astype(dtype)
   x_JD = _spread(x_MD, order_J, inverse_J)
-  up_JF = grouped_linear('up', x_JD)
+  up_JF = linear('up', x_JD, sizes_E)
   if 'gate' in kernels:
-    hidden_JF = nn.silu(grouped_linear('gate', x_JD)) * up_JF
+    hidden_JF = nn.silu(linear('gate', x_JD, sizes_E)) * up_JF
   else:
     hidden_JF = nn.gelu(up_JF, approximate=True)
-  y_JD = _collect(grouped_linear('down', hidden_JF), order_J, inverse_J)
-  y_MAD = y_JD.reshape((-1, num_active, shape[-1]))
-  gates_MA = gates_BTA.reshape((-1, num_active))
-  return _weighted_sum(y_MAD, gates_MA).astype(dtype).reshape(shape)
+  y_JD = linear('down', hidden_JF, sizes_E)
+  y_JD = _collect(y_JD, order_J, inverse_J)
+  return y_JD.reshape((-1, num_active, shape[-1]))
 
 
 # The checkpoint stores the input in the compute dtype for the backward pass,

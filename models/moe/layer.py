@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from models import execution as execution_lib, model_config, mup
 from models.layers import mlp
+from models.linear.stored import tree as stored_tree
 from models.moe import dispatch
 
 
@@ -65,7 +66,11 @@ class Moe(nn.Module):
     apply = self.execution.apply_experts
     if self.is_initializing():  # on one token, which a mesh cannot split
       apply = dispatch.apply_experts
-    y_BTD = apply(x_BTD, ids_BTA, gates_BTA, self._kernels(), self.dtype)
+    kernels = self._kernels()
+    if any(map(stored_tree.is_stored, kernels.values())):
+      # Only ports of one device take it.
+      apply = functools.partial(apply, stored=self.execution.stored)
+    y_BTD = apply(x_BTD, ids_BTA, gates_BTA, kernels, self.dtype)
     if config.num_shared_experts:  # one MLP, as wide as all of them together
       width = config.num_shared_experts * config.expert_width
       shared = dataclasses.replace(config, mlp_width=width)
@@ -74,7 +79,7 @@ class Moe(nn.Module):
       )(x_BTD)
     return y_BTD, routing_sums(config, logits_BTE, ids_BTA, is_real_BT)
 
-  def _kernels(self) -> dict[str, jax.Array]:
+  def _kernels(self) -> dict[str, Any]:
     config = self.config
     std, out_std = mup.hidden_std(config), mlp.residual_std(config)
     groups = self.execution.expert_groups
@@ -97,9 +102,9 @@ class _Kernel(nn.Module):
   init_std: float
 
   @nn.compact
-  def __call__(self) -> jax.Array:
-    return self.param(
-      'kernel', nn.initializers.normal(self.init_std), self.shape
+  def __call__(self) -> Any:
+    return stored_tree.param(
+      self, nn.initializers.normal(self.init_std), self.shape
     )
 
 

@@ -21,6 +21,11 @@ def _config(**fields):
   return frozen_dirs.config(**_SIZES, **fields)
 
 
+def _mixture():
+  sizes = {**_SIZES, 'mlp_width': 0, 'expert_width': 32, 'num_experts': 3}
+  return tiny_models.mixture(vocab_size=270, max_length=64, **sizes)
+
+
 def _write(directory, scheme='int4', config=None, **fields):
   config = config or _config()
   params = stored_params.stored(
@@ -42,10 +47,12 @@ def copy(original, tmp_path):
   return shutil.copytree(original, tmp_path / 'copy')
 
 
-@pytest.mark.parametrize('scan_layers', [False, True])
+@pytest.mark.parametrize('kind', ['separate', 'stacked', 'experts'])
 @pytest.mark.parametrize('scheme', [*rounding.SCHEMES, 'ordered', 'Q8_0'])
-def test_round_trip(tmp_path, scheme, scan_layers):
-  config = _config(scan_layers=scan_layers)
+def test_round_trip(tmp_path, scheme, kind):
+  config = _config(scan_layers=kind == 'stacked')
+  if kind == 'experts':
+    config = _mixture()
   written, params = _write(tmp_path / 'f', scheme, config)
   frozen = frozen_format.read(tmp_path / 'f')
   assert jax.tree.structure(frozen.params) == jax.tree.structure(params)
@@ -200,15 +207,8 @@ def test_another_kind_of_quantization_is_refused(copy):
 def test_kernels_that_no_product_reads_are_not_written(tmp_path):
   config = tiny_models.mixture(vocab_size=270, max_length=64)
   params = frozen_dirs.params(config)
-  moe = params['params']['layer_0']['moe']
-  whole = moe['expert_up']['kernel']
-  moe['expert_up']['kernel'] = stored_params.kernel(whole, 'int8')
-  with pytest.raises(ValueError, match='got a matrix of experts in fewer bits'):
-    frozen_dirs.write(tmp_path / 'f', config=config, params=params)
-  moe['expert_up']['kernel'] = whole
-  moe['router']['kernel'] = stored_params.kernel(
-    moe['router']['kernel'], 'int8'
-  )
+  router = params['params']['layer_0']['moe']['router']
+  router['kernel'] = stored_params.kernel(router['kernel'], 'int8')
   with pytest.raises(ValueError, match='got a parameter in fewer bits'):
     frozen_dirs.write(tmp_path / 'f', config=config, params=params)
   assert not (tmp_path / 'f').exists()

@@ -30,7 +30,7 @@ from inference.sampling import settings as settings_lib
 from inference.server.versions import memory
 from models import kv_cache, transformer
 from models.layers import reward_head
-from models.linear.stored import product
+from models.linear.stored import kernel as kernel_lib, product
 from tests.helpers import commands, frozen_dirs, tiny_models
 from tests.helpers.open_weights import stored_params
 from tests.helpers.training import tiny_adapters
@@ -48,6 +48,12 @@ _BLOCK_BYTES = 16 * 64 * 4
 def _config(**fields):
   sizes = {'model_width': 64, 'mlp_width': 96, 'head_width': 16}
   return frozen_dirs.config(**{**sizes, **fields})
+
+
+def _mixture(**fields):
+  sizes = {'mlp_width': 0, 'num_experts': 8, 'num_active_experts': 2}
+  sizes |= {'expert_width': 48, 'num_shared_experts': 1, 'norm_topk': True}
+  return _config(**sizes, **fields)
 
 
 def _params(scheme, config, dtype='float32'):
@@ -151,14 +157,26 @@ def test_the_engine_answers_as_the_full_forward(scheme):
 
 
 @pytest.mark.parametrize('native', ['auto', 'off'])
+@pytest.mark.parametrize('config', [_config(), _mixture()], ids=['mlp', 'moe'])
 def test_invariant_numerics_have_the_bits_of_the_full_forward(
-  monkeypatch, native
+  monkeypatch, native, config
 ):
   monkeypatch.setattr(product, '_BLOCK_BYTES', _BLOCK_BYTES)
-  config = _config()
   params = _params('int4', config)
   engine = _engine(config, params, numerics='invariant', native=native)
   done = _answer(engine)
+  if config.num_experts:  # in a crowd experts have rows of other sequences
+    crowd = [
+      requests.Request(prompt_ids=tuple(ids[:30]), settings=_GREEDY)
+      for ids in (_IDS, _IDS[9:], _IDS[2:24])
+    ]
+    updates = [
+      (number, update) for number, update in engine.answer(crowd)
+      if update.completion
+    ]  # fmt: skip
+    assert len(updates) == 3
+    together = updates[[number for number, _ in updates].index(0)][1]
+    assert together.completion.logprobs == done.logprobs
   ids = [*_IDS[:30], *done.token_ids]
   forward = full_forward.FullForward(
     params,
@@ -215,13 +233,17 @@ def _step(config, dtype):
   return model, state, inputs
 
 
+@pytest.mark.parametrize('is_mixture', [False, True])
 @pytest.mark.parametrize('scheme', ['int8', 'int4', 'fp8', 'Q8_0'])
-def test_a_compiled_step_has_no_float_copy_of_a_kernel(scheme):
+def test_a_compiled_step_has_no_float_copy_of_a_kernel(scheme, is_mixture):
   # The matrices are far larger than anything else: 24 and 32 MiB in bfloat16.
-  config = _config(
-    model_width=1024, mlp_width=8192, vocab_size=16384, tie_embeddings=True,
-    num_layers=1,
-  )  # fmt: skip
+  sizes = {'model_width': 1024, 'vocab_size': 16384, 'tie_embeddings': True}
+  config = _config(mlp_width=8192, num_layers=1, **sizes)
+  if is_mixture:  # one expert is as large
+    config = _mixture(num_layers=1, **sizes)
+    config = dataclasses.replace(
+      config, expert_width=8192, num_shared_experts=0
+    )
   floats = frozen_format.abstract_params(config, 'bfloat16')
   params = jax.eval_shape(
     lambda tree: stored_params.stored(tree, 'int8'), floats
@@ -332,6 +354,32 @@ def test_plans_count_the_bytes_that_are_stored(tmp_path):
   saved = 4 * (manifest.num_params - math.prod(table.shape))
   saved -= num_bytes - table.nbytes
   assert plan.step_bytes(1, 0) == pytest.approx(less - saved)
+
+
+def test_plans_of_a_mixture_count_the_experts_that_a_step_reads(tmp_path):
+  config = _mixture(num_layers=1, max_length=48)
+  params = _params('int4', config)
+  for name, tree in (('f', params), ('g', frozen_dirs.params(config))):
+    frozen_dirs.write(tmp_path / name, config=config, params=tree)
+  plan, whole = (
+    plan_lib.make(subject.of_directory(str(tmp_path / name))) for name in 'fg'
+  )
+  leaves = stored_kernels.by_path(params)
+  saved, of_experts = 0, 0
+  for path, leaf in leaves.items():
+    if isinstance(leaf, kernel_lib.Kernel) and 'params/embed/' not in path:
+      bytes_saved = 4 * math.prod(leaf.shape) - leaf.nbytes
+      if 'expert_' in path:
+        of_experts += bytes_saved
+      else:
+        saved += bytes_saved
+  for num_sequences, share in ((1, 2 / 8), (2, 1 - (6 / 8) ** 2)):
+    less = whole.step_bytes(num_sequences, 0) - plan.step_bytes(
+      num_sequences, 0
+    )
+    assert less == pytest.approx(saved + share * of_experts)
+  num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  assert plan.weight_bytes == num_bytes
 
 
 def test_the_plan_says_form_bits_and_bytes(tmp_path):

@@ -25,8 +25,8 @@ def blocks(
 ) -> dict[str, blocks_lib.Blocks]:
   """Returns the kernels and tables that keep their blocks, by path.
 
-  The others become floats: vectors, matrices of experts and of routers, and
-  kinds without a stored kernel.
+  The others become floats: vectors, matrices of routers, and kinds without a
+  stored kernel. A tensor of all experts is one kernel.
 
   Args:
     tensors: tensors of `gguf.tensors`, by name.
@@ -44,21 +44,21 @@ def blocks(
 
 
 def _can_be_kept(tensor: Any, piece: tensor_map.Piece) -> bool:
-  is_matrix = tensor.kind in block_kinds.KINDS and len(tensor.shape) == 2
+  is_matrix = tensor.kind in block_kinds.KINDS and len(tensor.shape) in (2, 3)
   return is_matrix and all(map(is_product, piece.ours))
 
 
 def is_product(path: str) -> bool:
   """Returns whether a leaf is only multiplied by, as `stored/` can."""
   *_, owner, kind = path.split('/')
-  is_float = owner in stored_tree.WHOLE or owner.startswith('expert_')
+  is_float = owner in stored_tree.WHOLE
   return path in _TABLES or (kind == 'kernel' and not is_float)
 
 
 def _turned(parts: Sequence[Any], piece: tensor_map.Piece) -> list[Any]:
   # A layout turns matrices [out, in], but rows of bytes stay rows.
   is_turned = piece.layout is not layouts.AS_IT_IS
-  return [part.T if is_turned else part for part in parts]
+  return [part.swapaxes(-1, -2) if is_turned else part for part in parts]
 
 
 def kind_of(leaves: Sequence[Any]) -> str:

@@ -11,6 +11,10 @@ was kept and is written again has the bytes of its checkpoint. Other kernels
 become floats: act-order, which compressed-tensors no longer reads, nf4, blocks
 of a GGUF file, and tiles that compressed-tensors does not have.
 
+Each expert has tensors of its own, as in the checkpoints that the package
+makes. transformers 5.24 loads no such mixture, not even those: its modules have
+one parameter for all experts.
+
 Reference: see `schemes.py`.
 """
 
@@ -18,6 +22,7 @@ from collections.abc import Iterator, Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -28,6 +33,10 @@ from models.linear.stored import kernel as kernel_lib, tree as stored_tree
 
 _E4M3, _E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
 _TABLES = ('embed/embedding', 'head/embedding')
+_OF_EXPERTS = (
+  'transformers (5.24) loads no experts in compressed-tensors; leave --format'
+  ' out for it'
+)
 
 
 class Plan(NamedTuple):
@@ -51,14 +60,12 @@ class _Planned:
 
   def arrays(self, leaves: Mapping[str, Any], dtype: Any):
     """Returns the tensors by name."""
-    parts = [leaves[path] for path in self.piece.ours]
+    parts = _parts(self.piece, leaves)
     if self.scheme is None:
       floats = [
         _whole(path, leaf, dtype)
         for path, leaf in zip(self.piece.ours, parts, strict=True)
       ]
-      if self.piece.expert is not None:
-        floats = [x[self.piece.expert] for x in floats]
       return {self.piece.theirs: self.piece.layout.write(*floats)}
     module = self.piece.theirs.rpartition('.')[0]
     arrays = _arrays(self.scheme, _joined(self.piece, parts))
@@ -100,12 +107,17 @@ def plan(
   for each in planned:
     if each.why:
       whys[each.why] = whys.get(each.why, 0) + 1
+  notes = [
+    f'{n} kernels are written as floats: {why}' for why, n in whys.items()
+  ]
+  if any(each.scheme and each.piece.expert is not None for each in planned):
+    notes.append(_OF_EXPERTS)
   return Plan(
     shapes,
     dtypes,
     (item for each in planned for item in each.arrays(leaves, dtype).items()),
     _field(planned),
-    [f'{n} kernels are written as floats: {why}' for why, n in whys.items()],
+    notes,
   )
 
 
@@ -133,7 +145,7 @@ def _uniform(planned: list[_Planned]) -> list[_Planned]:
 def _planned(
   piece: tensor_map.Piece, leaves: Mapping[str, Any], formats: list[str]
 ) -> _Planned:
-  parts = [leaves[path] for path in piece.ours]
+  parts = _parts(piece, leaves)
   if not any(map(stored_tree.is_stored, parts)):
     return _Planned(piece, None)
   if not all(isinstance(part, kernel_lib.Kernel) for part in parts):
@@ -150,6 +162,16 @@ def _planned(
   (scheme,) = set(found)
   assert isinstance(scheme, schemes.Scheme)
   return _Planned(piece, scheme, inputs=parts[0].shape[-2])
+
+
+def _parts(piece: tensor_map.Piece, leaves: Mapping[str, Any]) -> list[Any]:
+  """Returns the leaves that a tensor holds; of experts, that of one alone."""
+  parts = [leaves[path] for path in piece.ours]
+  if piece.expert is None:
+    return parts
+  return [
+    jax.tree.map(lambda x: np.asarray(x)[piece.expert], part) for part in parts
+  ]
 
 
 def _scheme(

@@ -32,7 +32,7 @@ STORED = 'kernel.cc'  # the product with kernels in fewer bits
 FEW_ROWS = 'few_rows.cc'  # the product of few rows with floats
 PAGES = '../../attention/kernels/paged_cpu.cc'  # attention over pages
 _HEADERS = {
-  STORED: ('formats.h', 'parts.h', 'simd.h'),
+  STORED: ('formats.h', 'parts.h', 'scales.h', 'simd.h'),
   FEW_ROWS: ('parts.h', 'simd.h'),
   PAGES: ('parts.h', 'simd.h'),
 }

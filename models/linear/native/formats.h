@@ -25,7 +25,8 @@ struct Matrix {
   int64_t columns;  // inputs
   // Of forms whose scales lie apart, float32.
   const float* scales;
-  const float* mins;  // null: none
+  int64_t first_tile;  // the tile of the first of `scales`
+  const float* mins;   // null: none
   int64_t tile_out, tile_in, tiles_in;
   int tile_shift;  // of a tile_in that is a power of two, else -1
 
@@ -69,7 +70,8 @@ struct Apart {
     const int64_t k = block * kPiece;
     const int64_t first = m.tiles_in > 1 ? m.TileOf(k) : 0;
     const int64_t tile = of_row * m.tiles_in + first;
-    Block found{m.data + row * m.row_bytes + block * kBytes, m.scales + tile,
+    Block found{m.data + row * m.row_bytes + block * kBytes,
+                m.scales + (tile - m.first_tile),
                 m.mins ? m.mins + tile : nullptr, m.book, 0};
     if (kTiles == Tiles::kAny && m.tiles_in > 1) {
       int64_t second = m.TileOf(k + kLanes);

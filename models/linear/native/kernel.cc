@@ -7,6 +7,9 @@
 //
 // One row is multiplied while weights are decoded: reading them takes the time.
 // Of several rows, a few columns are decoded into the cache, for all rows.
+//
+// A stack of matrices [groups, out, in] multiplies rows that are sorted by group,
+// as those of a mixture of experts. Matrices without rows are not read.
 
 #include <algorithm>
 #include <iterator>
@@ -14,6 +17,7 @@
 
 #include "formats.h"
 #include "parts.h"
+#include "scales.h"
 #include "simd.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -31,6 +35,7 @@ constexpr int64_t kGroups = 8;  // of columns that are decoded for many rows
 
 struct Product {
   Matrix matrix;
+  Scales scales;
   const float* x;  // rows of `stride` floats, zeros beyond the columns
   int64_t num_rows, stride;
   float* y;
@@ -143,9 +148,31 @@ void MultiplyRows(const Product& p, int64_t row, int groups, float* weights) {
           p.y + first * p.matrix.rows + row + group * N, p.matrix.rows);
 }
 
+// Returns the product with scales in float32 for the outputs from `begin` to
+// `end`; `converted` holds them, unless they are float32 already.
+Product WithFloats(const Product& given, int64_t begin, int64_t end,
+                   std::vector<float>* converted) {
+  Product p = given;
+  Matrix& m = p.matrix;
+  if (p.scales.AreFloats()) {
+    m.scales = reinterpret_cast<const float*>(p.scales.data);
+    return p;
+  }
+  m.first_tile = begin / m.tile_out * m.tiles_in;
+  const int64_t last = ((end - 1) / m.tile_out + 1) * m.tiles_in;
+  converted->resize(last - m.first_tile);
+  for (int64_t tile = m.first_tile; tile < last; ++tile)
+    (*converted)[tile - m.first_tile] = p.scales.At(tile);
+  m.scales = converted->data();
+  return p;
+}
+
 // Computes the outputs from `begin` to `end`.
 template <class Form>
-void MultiplyPart(const Product& p, int64_t begin, int64_t end) {
+void MultiplyPart(const Product& given, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  std::vector<float> converted;
+  const Product p = WithFloats(given, begin, end, &converted);
   if (p.num_rows == 1) {
     for (; begin + kColumns <= end; begin += kColumns)
       MultiplyOneRow<Form, kColumns>(p, begin);
@@ -188,22 +215,59 @@ Part PartOf(int64_t form, const Matrix& matrix) {
   return index >= 0 && index < size ? kParts[index] : nullptr;
 }
 
+// Multiplies all rows of x by the matrices of their groups. Rows past the groups
+// become 0.
+void MultiplyGroups(const Product& all, Part part, const int32_t* sizes,
+                    const float* gains, int64_t groups, ffi::ThreadPool pool) {
+  const Matrix& m = all.matrix;
+  const int64_t tiles =
+      (m.rows + m.tile_out - 1) / m.tile_out * m.tiles_in;
+  int64_t first = 0;
+  for (int64_t group = 0; group < groups; ++group) {
+    Product one = all;
+    one.num_rows = std::min<int64_t>(sizes[group], all.num_rows - first);
+    if (one.num_rows <= 0) continue;
+    one.matrix.data += group * m.rows * m.row_bytes;
+    if (all.scales.data) one.scales.data += group * tiles * all.scales.size;
+    if (gains) one.scales.gain = gains[group];
+    if (m.mins) one.matrix.mins += group * tiles;
+    one.x += first * all.stride;
+    one.y += first * m.rows;
+    Run(one, part, m.rows, m.rows * m.columns * one.num_rows, kColumns, 4,
+        pool);
+    first += one.num_rows;
+  }
+  std::fill(all.y + first * m.rows, all.y + all.num_rows * m.rows, 0.0f);
+}
+
+// `sizes` has the rows of each group, or is empty: then data is one matrix.
 ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
-                    ffi::AnyBuffer data, ffi::Buffer<ffi::F32> scales,
-                    ffi::Buffer<ffi::F32> mins, ffi::Buffer<ffi::F32> book,
+                    ffi::AnyBuffer data, ffi::AnyBuffer scales,
+                    ffi::Buffer<ffi::F32> gains, ffi::Buffer<ffi::F32> mins,
+                    ffi::Buffer<ffi::F32> book, ffi::Buffer<ffi::S32> sizes,
                     int64_t form, int64_t tile_out, int64_t tile_in,
                     ffi::ResultBuffer<ffi::F32> y) {
   const auto of_x = x.dimensions(), of_data = data.dimensions();
-  if (of_x.size() != 2 || of_data.size() != 2 ||
-      book.element_count() != kLanes || tile_out < 1 || tile_in < 1)
+  const int64_t groups = sizes.element_count();
+  const size_t axes = groups ? 3 : 2;
+  if (of_x.size() != 2 || of_data.size() != axes ||
+      (groups && of_data[0] != groups) || book.element_count() != kLanes ||
+      tile_out < 1 || tile_in < 1 || !Scales::SizeOf(scales.element_type()))
     return ffi::Error::InvalidArgument("stored product: unknown shape");
   Product product{};
   Matrix& matrix = product.matrix;
   matrix.data = static_cast<const uint8_t*>(data.untyped_data());
-  matrix.rows = of_data[0];
-  matrix.row_bytes = of_data[1];
+  matrix.rows = of_data[axes - 2];
+  matrix.row_bytes = of_data[axes - 1];
   matrix.columns = of_x[1];
-  matrix.scales = scales.typed_data();
+  product.scales = {static_cast<const uint8_t*>(scales.untyped_data()),
+                    scales.element_type(),
+                    Scales::SizeOf(scales.element_type()), 1.0f};
+  const float* of_groups = nullptr;
+  if (gains.element_count()) {
+    of_groups = gains.typed_data();
+    product.scales.gain = of_groups[0];
+  }
   matrix.mins = mins.element_count() ? mins.typed_data() : nullptr;
   matrix.tile_out = tile_out;
   matrix.tile_in = tile_in;
@@ -233,6 +297,10 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
     }
     product.x = padded.data();
   }
+  if (groups) {
+    MultiplyGroups(product, part, sizes.typed_data(), of_groups, groups, pool);
+    return ffi::Error::Success();
+  }
   const int64_t work = matrix.rows * matrix.columns * product.num_rows;
   Run(product, part, matrix.rows, work, kColumns, 4, pool);
   return ffi::Error::Success();
@@ -246,9 +314,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(TwoLivesMultiply, two_lives::Multiply,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Attr<int64_t>("form")
                                   .Attr<int64_t>("tile_out")
                                   .Attr<int64_t>("tile_in")

@@ -1,5 +1,8 @@
 """The native product with a stored kernel: a port `Execution.stored`.
 
+Of the experts of a mixture, one call multiplies all rows; experts that no row
+has chosen are not read.
+
 The weights have the same values as in the plain product
 (`models/linear/stored/`). Weights and sums are float32 for every dtype of the
 computation. The bits of a row do not depend on the other rows of the call.
@@ -38,14 +41,15 @@ _BOOKS = {
 }
 _LANES = 16  # weights of a group that shares one scale
 _DTYPES = 'float32', 'bfloat16', 'float16'
+_SCALES = *_DTYPES, 'float8_e4m3fn', 'float8_e8m0fnu'  # as in scales.h
 
 
 def refusal(w_IO: product.Stored, dtype: Any) -> str:
   """Returns why the native product does not accept a kernel, '' if it does."""
   if jnp.dtype(dtype).name not in _DTYPES:
     return f'got dtype {jnp.dtype(dtype).name}, expected one of {_DTYPES}'
-  if w_IO.ndim != 2:
-    return f'got a kernel of {w_IO.ndim} axes, expected 2'
+  if w_IO.ndim not in (2, 3):
+    return f'got a kernel of {w_IO.ndim} axes, expected 2, or 3 of experts'
   if jax.sharding.get_abstract_mesh().size > 1:
     return 'got a mesh of several devices, expected one device'
   if isinstance(w_IO, blocks_lib.Blocks):
@@ -55,7 +59,7 @@ def refusal(w_IO: product.Stored, dtype: Any) -> str:
   if w_IO.form != 'int8' and w_IO.form not in _BOOKS:
     return f'got form {w_IO.form}, expected int8, {", ".join(_BOOKS)}'
   tile_in = w_IO.tile[1]
-  if tile_in % _LANES and tile_in < w_IO.shape[0]:
+  if tile_in % _LANES and tile_in < w_IO.shape[-2]:
     return f'got a scale per {tile_in} inputs, expected a multiple of {_LANES}'
   return ''
 
@@ -68,20 +72,29 @@ class Port:
   instructions: str  # that the code uses
 
   def __call__(
-    self, x: jax.Array, w_IO: product.Stored, dtype: Any, multiply: Any
+    self,
+    x: jax.Array,
+    w_IO: product.Stored,
+    dtype: Any,
+    multiply: Any,
+    sizes_E: jax.Array | None = None,
   ) -> jax.Array:
     """Returns x[..., I] @ w[I, O], see `product.in_blocks`; in float32."""
     if refusal(w_IO, dtype):
-      return product.in_blocks(x, w_IO, dtype, multiply)
+      return product.in_blocks(x, w_IO, dtype, multiply, sizes_E)
     if w_IO.order is not None:
-      x = jnp.take(x, w_IO.order, axis=-1)
+      x = _ordered(x, w_IO.order, sizes_E)
+    sizes = jnp.zeros((0,), jnp.int32) if sizes_E is None else sizes_E
     rows_RI = x.astype(dtype).astype(jnp.float32).reshape(-1, x.shape[-1])
     none = jnp.zeros((0,), jnp.float32)
-    tile, scales, mins = (1, 1), none, none
+    tile, scales, gains, mins = (1, 1), none, none, none
     if isinstance(w_IO, kernel_lib.Kernel):
       form = _BYTES if w_IO.form == 'int8' else _NIBBLES
       data, book, tile = w_IO.values, _BOOKS.get(w_IO.form), w_IO.tile
-      scales = kernel_lib.with_gain(w_IO.scales, w_IO.gain)
+      scales = w_IO.scales
+      if scales.dtype.name not in _SCALES:
+        scales = scales.astype(jnp.float32)
+      gains = none if w_IO.gain is None else w_IO.gain.reshape(-1)
       mins = none if w_IO.mins is None else w_IO.mins.astype(jnp.float32)
     else:
       form, data, book = _BLOCKS[w_IO.kind], w_IO.data, _BOOKS.get(w_IO.kind)
@@ -90,7 +103,19 @@ class Port:
       (rows_RI.shape[0], w_IO.shape[-1]), jnp.float32
     )
     y_RO = jax.ffi.ffi_call(self.target, shape, vmap_method='sequential')(
-      rows_RI, data, scales, mins, book,
+      rows_RI, data, scales, gains.astype(jnp.float32), mins, book, sizes,
       form=form, tile_out=tile[0], tile_in=tile[1],
     )  # fmt: skip
     return y_RO.reshape((*x.shape[:-1], w_IO.shape[-1]))
+
+
+def _ordered(
+  x: jax.Array, order: jax.Array, sizes_E: jax.Array | None
+) -> jax.Array:
+  """Returns rows in the order of a kernel's inputs, or of their group's."""
+  if sizes_E is None:
+    return jnp.take(x, order, axis=-1)
+  end_E = jnp.cumsum(sizes_E)
+  group_J = jnp.searchsorted(end_E, jnp.arange(x.shape[0]), side='right')
+  order_JI = jnp.take(order, group_J, axis=0, mode='clip')
+  return jnp.take_along_axis(x, order_JI, axis=-1)

@@ -72,6 +72,12 @@ class Blocks:
     """Bits per weight, scales included."""
     return 8 * self.nbytes / math.prod(self.shape)
 
+  def matrix(self, n: Any) -> 'Blocks':
+    """Returns matrix n of the first axis, by a static or traced number."""
+    return jax.tree.map(
+      lambda x: jax.lax.dynamic_index_in_dim(x, n, keepdims=False), self
+    )
+
   def part(self, start: Any, size: int) -> 'Blocks':
     """Returns `size` columns of the kernel, from a static or traced one on."""
     axis = self.ndim - 2

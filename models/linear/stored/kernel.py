@@ -122,6 +122,12 @@ class Kernel:
     """Bits per weight, scales included."""
     return 8 * self.nbytes / math.prod(self.shape)
 
+  def matrix(self, n: Any) -> 'Kernel':
+    """Returns matrix n of the first axis, by a static or traced number."""
+    return jax.tree.map(
+      lambda x: jax.lax.dynamic_index_in_dim(x, n, keepdims=False), self
+    )
+
   def part(self, start: Any, size: int) -> 'Kernel':
     """Returns `size` columns of the kernel, from a static or traced one on."""
 

@@ -7,17 +7,22 @@ On one device no float copy of a whole matrix is made, unless it is small:
 blocks of columns are dequantised and multiplied one after the other. The
 backward pass dequantises the blocks again. The input has a gradient, the kernel
 has none.
+
+Of a mixture of experts, a kernel has all matrices, [E, I, O], and rows are
+sorted by expert (`grouped`). Only matrices that have rows are read: a loop
+takes some rows of one matrix after the other, on every platform. On a GPU each
+launch of this loop takes time that `models.linear.grouped` saves with floats.
+That product has no gradient.
 """
 
 from collections.abc import Callable
 import functools
-import math
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from models.linear import plain
+from models.linear import grouped as grouped_lib, plain
 from models.linear.stored import (
   across as across_lib,
   blocks as blocks_lib,
@@ -26,7 +31,9 @@ from models.linear.stored import (
 
 Stored = kernel_lib.Kernel | blocks_lib.Blocks
 # (x[..., I], w_IO, dtype, multiply) -> y[..., O], in any float dtype; multiply
-# is a port for a block of floats.
+# is a port for a block of floats. (x_JI, w_EIO, dtype, multiply, sizes_E) ->
+# y_JO: rows of group 0, then of group 1, ..., each times the matrix of its
+# group.
 Computed = Callable[..., jax.Array]
 
 # (multiply, x, w_IO, pair) -> the product with a part of a kernel and of an
@@ -73,28 +80,46 @@ class AcrossParts(Parts, Protocol):
 # at most this size is one block.
 _BLOCK_BYTES = 2**20
 _COLUMNS = 16  # a block has a multiple of them
+_MOST_ROWS = 256  # of a group that are multiplied together
 
 
 def in_blocks(
-  x: jax.Array, w_IO: Stored, dtype: Any, multiply: Any
+  x: jax.Array,
+  w: Stored,
+  dtype: Any,
+  multiply: Any,
+  sizes_E: jax.Array | None = None,
 ) -> jax.Array:
   """Returns the product, one block of columns after the other.
 
   Args:
     x: the input, [..., I].
-    w_IO: a stored kernel.
+    w: a stored kernel.
     dtype: dtype of a block of floats, and of the computation.
     multiply: (x, w_IB, None, dtype) -> y[..., B], for a block of floats.
+    sizes_E: see `grouped`; None: the kernel is one matrix.
   """
-  if w_IO.order is not None:
-    x = jnp.take(x, w_IO.order, axis=-1)
-  columns, size = w_IO.shape[-1], _block_columns(w_IO)
+  if sizes_E is None:
+    return _in_blocks(x, w, dtype, multiply)
+  return _in_pieces(x, w, dtype, multiply, sizes_E)
+
+
+def _in_blocks(
+  x: jax.Array, w: Stored, dtype: Any, multiply: Any, group: Any = None
+) -> jax.Array:
+  """Returns the product with a matrix, or with that of a group in w."""
+  if w.order is not None:
+    order = w.order if group is None else plain.matrix(w.order, group)
+    x = jnp.take(x, order, axis=-1)
+  columns, size = w.shape[-1], _block_columns(w)
 
   def block(start, size):
-    return multiply(x, _block(w_IO, start, size, dtype), None, dtype)
+    return multiply(x, _block(w, start, size, dtype, group), None, dtype)
 
   if size == columns:
-    return multiply(x, w_IO.rows(dtype).T, None, dtype)
+    if group is not None:
+      return block(0, size)
+    return multiply(x, w.rows(dtype).T, None, dtype)
   y = jax.lax.map(
     lambda start: block(start, size), jnp.arange(0, columns - size + 1, size)
   )
@@ -137,6 +162,68 @@ def linear(
   if bias_O is not None:
     y = y + bias_O.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
   return y
+
+
+def grouped(
+  x_JI: jax.Array,
+  w_EIO: Any,
+  sizes_E: jax.Array,
+  dtype: Any,
+  multiply: Any = plain.linear,
+  computed: Computed = in_blocks,
+) -> jax.Array:
+  """Returns y[J, O]: each row times the matrix of its group, in `dtype`.
+
+  Args:
+    x_JI: rows, sorted by group: the rows of group 0, then of group 1, ...
+    w_EIO: a kernel with a matrix per group; stored, or floats.
+    sizes_E: int32, rows of each group. Rows past the sum of the sizes are in no
+      group; their result is zero.
+    dtype: dtype of the computation and the result.
+    multiply: the port that multiplies by a block of floats.
+    computed: `Execution.stored`.
+  """
+  is_stored = isinstance(w_EIO, Stored)
+  product = computed if is_stored else _in_pieces
+  return product(x_JI, w_EIO, jnp.dtype(dtype), multiply, sizes_E).astype(dtype)
+
+
+def _in_pieces(x_JI, w_EIO, dtype, multiply, sizes_E) -> jax.Array:
+  """Returns `grouped`: some rows of one group after the other."""
+  num_rows, columns = x_JI.shape[0], w_EIO.shape[-1]
+  size = _piece_rows(num_rows, sizes_E.shape[0])
+  num_pieces, piece_at, _ = grouped_lib.pieces(sizes_E, size)
+  x_padded = jnp.pad(x_JI, ((0, size), (0, 0)))
+
+  def add_piece(j, y_JO):
+    group, row = piece_at(j)
+    x_piece = jax.lax.dynamic_slice_in_dim(x_padded, row, size)
+    if isinstance(w_EIO, Stored):
+      y_piece = _in_blocks(x_piece, w_EIO, dtype, multiply, group)
+    else:
+      y_piece = multiply(x_piece, plain.matrix(w_EIO, group), None, dtype)
+    # Rows past the end of the group belong to the next group. The first piece
+    # of that group is written later and overwrites them.
+    return jax.lax.dynamic_update_slice_in_dim(
+      y_JO, y_piece.astype(dtype), row, 0
+    )
+
+  y_JO = jnp.zeros((num_rows + size, columns), dtype)
+  y_JO = jax.lax.fori_loop(0, num_pieces, add_piece, y_JO)[:num_rows]
+  is_grouped_J = jnp.arange(num_rows) < jnp.sum(sizes_E)
+  return jnp.where(is_grouped_J[:, None], y_JO, 0)
+
+
+def _piece_rows(num_rows: int, num_groups: int) -> int:
+  """Returns the rows of a piece, a power of two."""
+  # One row is multiplied while it is dequantised: on a CPU three of them take
+  # as long as two together, for which XLA writes the floats of a block first.
+  if num_rows <= 2 * num_groups:
+    return 1
+  # Twice the average group: most groups are one piece, and each piece
+  # dequantises its matrix, which takes as long as some 50 rows on a CPU.
+  wanted = -(-2 * num_rows // num_groups)
+  return min(_MOST_ROWS, 1 << (wanted - 1).bit_length())
 
 
 def unembed(
@@ -208,21 +295,25 @@ def _backward(dtype, multiply, computed, residuals, dy):
 _product.defvjp(_forward, _backward)
 
 
-def _block(w_IO: Stored, start: Any, size: int, dtype: Any) -> jax.Array:
-  """Returns columns of a kernel, transposed: floats, [in, size]."""
+def _block(
+  w: Stored, start: Any, size: int, dtype: Any, group: Any = None
+) -> jax.Array:
+  """Returns columns of a matrix, transposed: floats, [in, size]."""
   # Without the barrier XLA:CPU would convert all numbers of 8 bits to 16 bits
   # before the loop over blocks.
-  w_IO, start = jax.lax.optimization_barrier((w_IO, start))
-  return w_IO.part(start, size).rows(dtype).T
+  w, start, group = jax.lax.optimization_barrier((w, start, group))
+  if group is not None:
+    w = w.matrix(group)
+  return w.part(start, size).rows(dtype).T
 
 
-def _block_columns(w_IO: Stored) -> int:
+def _block_columns(w: Stored) -> int:
   """Returns the columns of a block: all, or some that fit a cache."""
-  rows, columns = w_IO.shape[-2:]
+  rows, columns = w.shape[-2:]
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size > 1 and not mesh.are_all_axes_manual:
     return columns  # the devices of a mesh may each have a part of the columns
-  if 4 * math.prod(w_IO.shape) <= _BLOCK_BYTES:
+  if 4 * rows * columns <= _BLOCK_BYTES:
     return columns
   fitting = _BLOCK_BYTES // (4 * rows)
   return min(columns, max(fitting // _COLUMNS, 1) * _COLUMNS)

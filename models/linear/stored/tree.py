@@ -28,7 +28,7 @@ def is_stored(x: Any) -> bool:
   return isinstance(x, TYPES)
 
 
-def param(module: nn.Module, init: Any, shape: tuple[int, int]) -> Any:
+def param(module: nn.Module, init: Any, shape: tuple[int, ...]) -> Any:
   """Returns the kernel of a module: a parameter, or a stored kernel."""
   kernel = given(module, 'kernel')
   return module.param('kernel', init, shape) if kernel is None else kernel

@@ -8,11 +8,13 @@ import pytest
 from frozen.quantize import activations
 from models import transformer
 from models.layers import mlp
+from models.moe import layer as moe_layer
 from tests.helpers import frozen_dirs, tiny_models
 
 _CONFIGS = {
   'llama': tiny_models.llama_like(),
   'gpt2': tiny_models.gpt2_like(),
+  'mixture': tiny_models.mixture(),
   'windows': tiny_models.llama_like(
     window=8, layer_pattern='lg', rope_local_base=100.0
   ),
@@ -26,7 +28,10 @@ def _intercepted(config, params):
   inputs = {}
 
   def keep(call, args, kwargs, context):
-    if isinstance(context.module, mlp.Linear):
+    name = context.module.name
+    if isinstance(context.module, moe_layer.Moe) and args:
+      inputs['/'.join(context.module.path)] = np.asarray(args[0], np.float64)
+    if isinstance(context.module, mlp.Linear) and name != 'router':
       path = '/'.join((*context.module.path, 'kernel'))
       inputs[path] = np.asarray(args[0], np.float64)
     return call(*args, **kwargs)
@@ -49,7 +54,15 @@ def test_moments_are_those_of_the_inputs_of_the_whole_model(name):
   batches = activations.embedded(config, outer, _TOKENS_RT)
   for n in range(config.num_layers):
     block, layer = activations.block(config, n), layers[f'layer_{n}']
-    for path, got in activations.moments_of(block, layer, batches).items():
+    moments, routed = activations.inputs_of(block, layer, batches)
+    assert (routed is not None) == bool(config.num_experts)
+    if routed is not None:
+      x_ND = inputs.pop(f'layer_{n}/moe')
+      np.testing.assert_allclose(routed.x_ND, x_ND, rtol=0, atol=1e-4)
+      logits_NE = x_ND @ np.asarray(layer['moe']['router']['kernel'])
+      chosen_NA = np.argsort(-logits_NE)[:, : config.num_active_experts]
+      np.testing.assert_array_equal(np.sort(routed.ids_NA), np.sort(chosen_NA))
+    for path, got in moments.items():
       x_NI = inputs.pop(f'layer_{n}/{path}')
       expected = (
         x_NI.T @ x_NI / len(x_NI),

@@ -32,6 +32,15 @@ def _quantise(tmp_path, text, scheme, method, **fields):
   )  # fmt: skip
 
 
+_MIXTURE = {
+  'num_experts': 4,
+  'num_active_experts': 2,
+  'num_shared_experts': 1,
+  'expert_width': 16,
+  'mlp_width': 0,
+}
+
+
 def _config(**fields):
   return frozen_dirs.config(**{'model_width': 32, 'mlp_width': 48, **fields})
 
@@ -47,8 +56,13 @@ def _kernels(params):
 @pytest.mark.parametrize('method', quantizing.METHODS)
 @pytest.mark.parametrize(
   'fields',
-  [{}, {'scan_layers': True}, {'tie_embeddings': True, 'qkv_bias': True}],
-  ids=['separate', 'stacked', 'tied'],
+  [
+    {},
+    {'scan_layers': True},
+    {'tie_embeddings': True, 'qkv_bias': True},
+    _MIXTURE,
+  ],
+  ids=['separate', 'stacked', 'tied', 'mixture'],
 )
 def test_a_directory_is_written_with_its_record(tmp_path, text, method, fields):
   config = _config(**fields)
@@ -69,7 +83,12 @@ def test_a_directory_is_written_with_its_record(tmp_path, text, method, fields):
   assert saved == report
   assert saved['quality'] == record['quality']
   separate = frozen_dirs.params(dataclasses.replace(config, scan_layers=False))
-  expected = {path for path in _kernels(separate) if '/layer_' in path}
+  expected = {
+    path
+    for path in _kernels(separate)
+    if '/layer_' in path and '/router/' not in path
+  }
+  assert ('rounded_experts' in saved) == bool(config.num_experts)
   assert set(saved['kernels']) == expected
   assert set(manifest.quantization['kernels']) == expected
   for errors in saved['kernels'].values():
@@ -159,13 +178,22 @@ def test_a_directory_that_is_quantised_already_is_refused(tmp_path, text):
   assert not (tmp_path / 'again').exists()
 
 
-def test_experts_are_refused(tmp_path, text):
-  config = dataclasses.replace(
-    tiny_models.mixture(), vocab_size=270, max_length=64
-  )
+def test_a_mixture_of_experts_says_which_were_only_rounded(tmp_path, text):
+  config = _config(**_MIXTURE, num_layers=1, scan_layers=False)
   frozen_dirs.write(tmp_path / 'float', config=config)
-  with pytest.raises(ValueError, match='experts per layer, expected a dense'):
-    _quantise(tmp_path, text, 'int8', 'rtn')
+  few = dataclasses.replace(text, rows=1, length=8)
+  said = []
+  _, report = _quantise(tmp_path, few, 'int4', 'gptq', tell=said.append)
+  moe = 'params/layer_0/moe/expert_{}/kernel'
+  errors = [report['kernels'][moe.format(x)] for x in ('up', 'gate', 'down')]
+  num = sum(error['rounded_experts'] for error in errors)
+  assert report['rounded_experts'] == num > 0
+  assert f'; {num} of the matrices of experts saw too few tokens' in said[0]
+  router = frozen_format.read(tmp_path / 'out').params['params']['layer_0']
+  floats = frozen_format.read(tmp_path / 'float').params['params']['layer_0']
+  np.testing.assert_array_equal(
+    router['moe']['router']['kernel'], floats['moe']['router']['kernel']
+  )
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,12 @@ def int4(size, *, ordered=False):
 
   def quantise(module, w_OI):
     made = quantised_dirs.Grouped(
-      w_OI, 4, size, seed=len(module), ordered=ordered, symmetric=True
+      w_OI,
+      4,
+      size,
+      seed=quantised_dirs.seed(module),
+      ordered=ordered,
+      symmetric=True,
     )
     parts = {
       'weight_packed': quantised_dirs.words(made.codes.T, 4),
@@ -49,7 +54,7 @@ def int4(size, *, ordered=False):
 
 def mxfp4(module, w_OI):
   """Quantises to random codes with powers of two as scales."""
-  rng = np.random.default_rng(len(module))
+  rng = np.random.default_rng(quantised_dirs.seed(module))
   outputs, inputs = w_OI.shape
   codes = rng.integers(0, 16, (outputs, inputs))
   exponents = rng.integers(120, 127, (outputs, inputs // 16)).astype(np.uint8)

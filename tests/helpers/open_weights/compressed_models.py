@@ -103,6 +103,32 @@ def _extremes(w, weights):
   return tiles.amin(-1), tiles.amax(-1)
 
 
+def linears(tensors):
+  """Returns a torch module with these tensors: matrices are Linear layers.
+
+  Args:
+    tensors: names and values, with a Linear layer for each expert, as in the
+      checkpoints that the package makes. The modules of transformers 5 have one
+      parameter for all experts, which it does not quantise.
+  """
+  import torch
+
+  root = torch.nn.Module()
+  for name, x in tensors:
+    *owners, last, kind = name.split('.')
+    place = root
+    for owner in owners:
+      if not hasattr(place, owner):
+        place.add_module(owner, torch.nn.Module())
+      place = getattr(place, owner)
+    leaf, x = torch.nn.Module(), torch.tensor(x)
+    if x.ndim == 2 and not last.startswith('embed'):
+      leaf = torch.nn.Linear(x.shape[1], x.shape[0], bias=False)
+    setattr(leaf, kind, torch.nn.Parameter(x))
+    place.add_module(last, leaf)
+  return root
+
+
 def save(model, compressor, directory: pathlib.Path) -> pathlib.Path:
   """Saves a quantised model as llm-compressor does."""
   open_weights.save(model, directory)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import json
 import pathlib
 from typing import Any
+import zlib
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +21,11 @@ from tests.helpers.open_weights import hf_files
 CONFIG = tiny_models.llama_like(
   vocab_size=400, num_layers=2, model_width=32, head_width=8, mlp_width=48
 )
+# Without shared experts, as Mixtral.
+MIXTURE = tiny_models.mixture(
+  vocab_size=400, model_width=32, head_width=8, expert_width=48,
+  num_active_experts=2, num_shared_experts=0,
+)  # fmt: skip
 Parts = Mapping[str, np.ndarray]
 
 
@@ -59,6 +65,11 @@ def write(
     json.dumps(values | {'quantization_config': dict(field)} | fields)
   )
   return floats
+
+
+def seed(module: str) -> int:
+  """Returns a seed for the random codes of a module: no two share them."""
+  return zlib.crc32(module.encode())
 
 
 def save(directory: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -136,7 +147,7 @@ def gptq(bits, size, *, version=1, ordered=False, symmetric=False):
   def quantise(module, w_OI):
     num = w_OI.shape[1] if size == -1 else size
     made = Grouped(
-      w_OI, bits, num, seed=len(module), ordered=ordered, symmetric=symmetric
+      w_OI, bits, num, seed=seed(module), ordered=ordered, symmetric=symmetric
     )
     stored = (made.zeros - (version == 1)) % 2**bits
     return {
@@ -154,7 +165,7 @@ def awq(size):
   order = (0, 2, 4, 6, 1, 3, 5, 7)
 
   def quantise(module, w_OI):
-    made = Grouped(w_OI, 4, size, seed=len(module))
+    made = Grouped(w_OI, 4, size, seed=seed(module))
     return {
       'qweight': words(made.codes, 4, order),
       'qzeros': words(made.zeros, 4, order),
@@ -172,7 +183,7 @@ def fp8(block, *, scale='weight_scale_inv', dtype=np.float32):
     of_out, of_in = block or (rows, columns)
     tiles = -(-rows // of_out), -(-columns // of_in)
     codes = w_OI.astype(ml_dtypes.float8_e4m3fn)
-    rng = np.random.default_rng(len(module))
+    rng = np.random.default_rng(seed(module))
     scales = np.exp2(rng.integers(-3, 3, tiles)).astype(dtype)
     floats = np.zeros_like(w_OI)
     for row in range(rows):

@@ -31,7 +31,6 @@ def stored(params: Any, scheme: str, *, has_tables: bool = True) -> Any:
   def leaf(path, x):
     collection, *_, owner, kind = axes.names(path)
     is_kernel = kind == 'kernel' and owner not in stored_tree.WHOLE
-    is_kernel = is_kernel and not owner.startswith('expert_')
     is_table = has_tables and kind == 'embedding' and owner in _TABLES
     if collection != 'params' or not (is_kernel or is_table):
       return x

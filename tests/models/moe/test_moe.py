@@ -15,8 +15,11 @@ import pytest
 
 from models import execution, flops, model_config, transformer
 from models.layers import mlp
+from models.linear import invariant
+from models.linear.stored import tree as stored_tree
 from models.moe import layer
 from tests.helpers import tiny_models
+from tests.helpers.open_weights import stored_params
 
 ROWS, TIME = 3, 10
 
@@ -89,6 +92,27 @@ def test_a_mixture_is_a_loop_over_experts(overrides):
   np.testing.assert_allclose(y_BTD, expected_BTD, atol=2e-5)
   counts_E = np.bincount(chosen.reshape(-1), minlength=config.num_experts)
   np.testing.assert_array_equal(sums['expert_load'], counts_E)
+
+
+@pytest.mark.parametrize('scheme', ['int8', 'ordered', 'mixed'])
+@pytest.mark.parametrize(
+  'ports', [execution.Execution(), invariant.execution()], ids=['fast', 'inv']
+)
+def test_experts_in_fewer_bits_compute_as_their_floats(scheme, ports):
+  config = tiny_models.mixture()
+  module, floats, x_BTD = _moe(config)
+  module = module.clone(execution=ports)
+  kind = 'nf4' if scheme == 'mixed' else scheme
+  params = stored_params.stored(floats, kind)
+  if scheme == 'mixed':  # a kernel of floats beside the others
+    params['params']['expert_gate'] = floats['params']['expert_gate']
+  assert stored_tree.is_stored(params['params']['expert_up']['kernel'])
+  found_BTD, sums = jax.jit(module.apply)(params, x_BTD)
+  whole = stored_params.whole(params)
+  expected_BTD, same = jax.jit(module.apply)(whole, x_BTD)
+  # float32 sums of 24 and 20 terms in another order, on values of order 3.
+  np.testing.assert_allclose(found_BTD, expected_BTD, atol=2e-5)
+  np.testing.assert_array_equal(sums['expert_load'], same['expert_load'])
 
 
 @pytest.mark.parametrize('kind', ['swiglu', 'gelu'])

@@ -25,6 +25,13 @@ CONFIG = tiny_models.llama_like(
 )
 
 
+# Mixtral: one tensor holds all experts of a layer.
+MIXTURE = tiny_models.mixture(
+  vocab_size=400, model_width=256, head_width=64, expert_width=256,
+  num_experts=3, num_active_experts=2, num_shared_experts=0,
+)  # fmt: skip
+
+
 def _leaves(params):
   return {
     path: np.asarray(x)
@@ -40,7 +47,10 @@ def _write(path, config=CONFIG, *, kind='F32', extra=(), fields=()):
   writer.add_context_length(config.max_length)
   writer.add_embedding_length(config.model_width)
   writer.add_block_count(config.num_layers)
-  writer.add_feed_forward_length(config.mlp_width)
+  writer.add_feed_forward_length(config.mlp_width or config.expert_width)
+  if config.num_experts:
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_active_experts)
   writer.add_head_count(config.num_heads)
   writer.add_head_count_kv(config.num_kv_heads)
   writer.add_key_length(config.head_width)
@@ -51,10 +61,12 @@ def _write(path, config=CONFIG, *, kind='F32', extra=(), fields=()):
   writer.add_vocab_size(config.vocab_size)
   for name, value in fields:
     writer.add_float32(name, value)
-  for piece in names.pieces('llama', config, {}):
+  family = 'mixtral' if config.num_experts else 'llama'
+  for piece in names.pieces(family, config, {}):
     x = piece.layout.write(*(leaves[path] for path in piece.ours))
     x = np.ascontiguousarray(x)
-    if x.ndim == 1 or kind == 'F32':
+    is_router = 'ffn_gate_inp' in piece.theirs
+    if x.ndim == 1 or kind == 'F32' or is_router:
       writer.add_tensor(piece.theirs, x)
       continue
     quantization = gguf.GGMLQuantizationType[kind]

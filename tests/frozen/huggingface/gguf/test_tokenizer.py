@@ -76,7 +76,10 @@ def _fields(writer, trained, *, pre='smollm', template=_TEMPLATE):
   writer.add_chat_template(template)
 
 
-def _write(path, monkeypatch, more=lambda writer: None, kind='Q4_1', **fields):
+def _write(
+  path, monkeypatch, more=lambda writer: None, kind='Q4_1',
+  config=test_reading.CONFIG, **fields,
+):  # fmt: skip
   """Writes the tiny model with a tokenizer of its own."""
   start = gguf.GGUFWriter.write_header_to_file
 
@@ -88,7 +91,7 @@ def _write(path, monkeypatch, more=lambda writer: None, kind='Q4_1', **fields):
 
   with monkeypatch.context() as patched:
     patched.setattr(gguf.GGUFWriter, 'write_header_to_file', with_tokenizer)
-    test_reading._write(path, kind=kind)
+    test_reading._write(path, config, kind=kind)
   return path
 
 

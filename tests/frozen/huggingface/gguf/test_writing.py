@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -60,6 +61,33 @@ def test_kept_blocks_come_out_with_the_same_bytes(tmp_path, monkeypatch, kind):
   np.testing.assert_array_equal(
     query.whole(np.float32), floats['layer_0']['attention']['query']['kernel']
   )
+  writing.export_file(tmp_path / 'ours', tmp_path / 'b.gguf')
+  assert _bytes(tmp_path / 'b.gguf') == _bytes(path)
+
+
+@pytest.mark.parametrize('kind', ['Q8_0', 'Q4_K'])
+def test_blocks_of_experts_come_out_with_the_same_bytes(
+  tmp_path, monkeypatch, kind
+):
+  path = test_tokenizer._write(
+    tmp_path / 'a.gguf', monkeypatch, kind=kind, config=test_reading.MIXTURE
+  )
+  result = reading.import_file(path, tmp_path / 'ours', weights='kept')
+  frozen = frozen_format.read(tmp_path / 'ours')
+  theirs = {x.name: x for x in gguf.GGUFReader(path).tensors}
+  for n in range(2):
+    moe = frozen.params['params'][f'layer_{n}']['moe']
+    assert isinstance(moe['router']['kernel'], np.ndarray | jax.Array)
+    for name in ('gate', 'up', 'down'):
+      kernel = moe[f'expert_{name}']['kernel']
+      assert isinstance(kernel, blocks_lib.Blocks)
+      x = theirs[f'blk.{n}.ffn_{name}_exps.weight']
+      expected = gguf.quants.dequantize(x.data, x.tensor_type)
+      np.testing.assert_array_equal(
+        kernel.whole(np.float32), expected.transpose(0, 2, 1)
+      )
+  # 4 matrices of attention and 3 of experts in 2 layers, and two tables.
+  assert f'16 x {kind}' in frozen_format.storage_text(result.manifest)
   writing.export_file(tmp_path / 'ours', tmp_path / 'b.gguf')
   assert _bytes(tmp_path / 'b.gguf') == _bytes(path)
 

@@ -353,5 +353,7 @@ def test_rows_of_blocks_follow_the_order_of_heads(tmp_path, name):
   expected, got = _logits(source, floats), _logits(source, params)
   scale = np.abs(expected).max()
   np.testing.assert_allclose(got, expected, atol=1e-5 * scale)
-  if name == 'deepseek_v3':  # experts, routers, kv_b_proj
+  if name == 'deepseek_v3':  # routers, kv_b_proj
     assert 'quantised matrices became floats' in kept.notes[0]
+    up = kept.kernels['layer_1/moe/expert_up/kernel']
+    assert (up.form, up.tile) == ('fp8', tuple(block))

@@ -12,7 +12,6 @@ from frozen.huggingface.quantised import bits, kept as kept_lib, parts
 from models import transformer
 from models.linear.native import build
 from models.linear.stored import tree as stored_tree
-from tests.helpers import tiny_models
 from tests.helpers.open_weights import compressed_dirs, quantised_dirs
 
 _GPTQ = {'quant_method': 'gptq', 'bits': 4, 'group_size': 16}
@@ -212,22 +211,80 @@ def test_a_frozen_directory_tells_how_it_was_quantised(tmp_path, weights):
     assert '14 x fp8' in frozen_format.storage_text(frozen.manifest)
 
 
-def test_experts_and_routers_become_floats(tmp_path):
-  config = tiny_models.mixture(vocab_size=400, num_shared_experts=0)
-  quantise, field, _ = CASES['fp8 blocks']
-  floats = quantised_dirs.write(tmp_path / 'theirs', quantise, field, config)
-  result = importing.import_directory(
-    tmp_path / 'theirs', tmp_path / 'ours', weights='kept'
+def _kept_mixture(directory, quantise, field):
+  """Returns the source of a mixture, its kept kernels, and its floats."""
+  floats = quantised_dirs.write(
+    directory, quantise, field, quantised_dirs.MIXTURE
   )
-  (note,) = (x for x in result.notes if 'became floats' in x)
-  assert note.startswith('50 quantised matrices became floats, such as model.l')
-  params = frozen_format.read(tmp_path / 'ours').params['params']['layer_0']
-  name = 'model.layers.0.block_sparse_moe.experts.1.w3.weight'
-  expected = floats[name]
-  np.testing.assert_array_equal(
-    params['moe']['expert_up']['kernel'][1], expected.T
+  source = importing.open_source(directory)
+  kept = kept_lib.kernels(source.tensors, importing.check_tensors(source))
+  return source, kept, floats
+
+
+def _check_experts(kept, floats, *, names=('gate', 'up', 'down')):
+  """Compares kept kernels of experts with the floats of each expert."""
+  theirs = {'gate': 'w1', 'up': 'w3', 'down': 'w2'}
+  for n in range(quantised_dirs.MIXTURE.num_layers):
+    at = f'model.layers.{n}.block_sparse_moe.experts'
+    for name in names:
+      kernel = kept.kernels[f'layer_{n}/moe/expert_{name}/kernel']
+      expected = [floats[f'{at}.{e}.{theirs[name]}.weight'].T for e in range(8)]
+      np.testing.assert_allclose(
+        kernel.whole(jnp.float32), np.stack(expected), rtol=0, atol=1e-6
+      )
+
+
+@pytest.mark.parametrize(
+  'case',
+  ['gptq', 'gptq act-order', 'awq', 'fp8 blocks', 'exponents', 'fp8 matrices'],
+)
+def test_experts_stay_quantised_and_routers_become_floats(tmp_path, case):
+  quantise, field, form = CASES[case]
+  source, kept, floats = _kept_mixture(tmp_path, quantise, field)
+  _check_experts(kept, floats)
+  (note,) = kept.notes
+  assert note.startswith('2 quantised matrices became floats, such as model.l')
+  assert note.endswith('moe.gate.weight: routers and the matrices that latent'
+                       ' attention folds')  # fmt: skip
+  assert {kernel.form for kernel in kept.kernels.values()} == {form}
+  whole = importing.load_params(source, 'float32')
+  stored = importing.load_params(source, 'float32', kept=kept.kernels)
+  model = transformer.Transformer(source.config)
+  tokens = jnp.arange(16).reshape(2, 8)
+  expected, got = (
+    np.asarray(model.apply(jax.tree.map(jnp.asarray, params), tokens)[0])
+    for params in (whole, stored)
   )
-  assert stored_tree.is_stored(params['attention']['query']['kernel'])
+  np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_experts_with_other_zeros_or_order_share_a_kernel(tmp_path):
+  """All zeros of one are 8, and the inputs of another lie in order."""
+
+  def quantise(module, w_OI):
+    expert = module.partition('.experts.')[2]
+    return quantised_dirs.gptq(
+      4, 16, symmetric=expert == '1.w3', ordered=not expert.startswith('2.')
+    )(module, w_OI)
+
+  field = {**_GPTQ, 'sym': False, 'desc_act': True}
+  _, kept, floats = _kept_mixture(tmp_path, quantise, field)
+  _check_experts(kept, floats)
+  kernel = kept.kernels['layer_0/moe/expert_up/kernel']
+  assert kernel.form == 'uint4'
+  np.testing.assert_array_equal(kernel.order[2], np.arange(32))
+
+
+def test_a_layer_with_an_expert_in_floats_has_its_kernel_in_floats(tmp_path):
+  def quantise(module, w_OI):
+    if module.endswith('experts.3.w2'):
+      return {'weight': w_OI}, w_OI
+    return quantised_dirs.gptq(4, 16)(module, w_OI)
+
+  _, kept, floats = _kept_mixture(tmp_path, quantise, {**_GPTQ, 'sym': False})
+  _check_experts(kept, floats, names=('gate', 'up'))
+  assert not any('down' in path for path in kept.kernels)
+  assert any('other experts of their layer are floats' in x for x in kept.notes)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A quantised checkpoint is served: kept matrices answer as floats do."""
 
 import numpy as np
+import pytest
 
 from frozen import format as frozen_format
 from frozen.huggingface import importing
@@ -39,7 +40,10 @@ def _answer(directory):
   return frozen, update.completion
 
 
-def test_the_engine_answers_from_kept_matrices_as_from_floats(tmp_path):
+@pytest.mark.parametrize('is_mixture', [False, True])
+def test_the_engine_answers_from_kept_matrices_as_from_floats(
+  tmp_path, is_mixture
+):
   field = {
     'quant_method': 'gptq',
     'bits': 4,
@@ -48,14 +52,17 @@ def test_the_engine_answers_from_kept_matrices_as_from_floats(tmp_path):
     'sym': False,
   }
   quantise = quantised_dirs.gptq(4, 16, ordered=True)
-  quantised_dirs.write(tmp_path / 'theirs', quantise, field)
+  config = quantised_dirs.MIXTURE if is_mixture else quantised_dirs.CONFIG
+  quantised_dirs.write(tmp_path / 'theirs', quantise, field, config)
   answers = {}
   for weights in ('float', 'kept'):
     importing.import_directory(
       tmp_path / 'theirs', tmp_path / weights, weights=weights
     )
     frozen, answers[weights] = _answer(tmp_path / weights)
-    kernel = frozen.params['params']['layer_0']['mlp']['up']['kernel']
+    layer = frozen.params['params']['layer_0']
+    owner = layer['moe']['expert_up'] if is_mixture else layer['mlp']['up']
+    kernel = owner['kernel']
     assert stored_tree.is_stored(kernel) == (weights == 'kept')
   floats, kept = answers['float'], answers['kept']
   assert kept.token_ids == floats.token_ids

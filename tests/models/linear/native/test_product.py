@@ -7,7 +7,11 @@ import pytest
 
 from models.linear import plain
 from models.linear.native import build, processor, product as native_product
-from models.linear.stored import product, round as rounding
+from models.linear.stored import (
+  kernel as kernel_lib,
+  product,
+  round as rounding,
+)
 from tests.helpers import any_kernels
 
 _KINDS = [*native_product._BLOCKS, *any_kernels.SCHEMES]
@@ -97,6 +101,67 @@ def test_builds_for_other_processors_agree(ports, kind):
       assert np.all(np.abs(found - expected) < _bound(x_RI, w_IO))
       if options == _AVX2 and ports().instructions == 'avx512':
         np.testing.assert_array_equal(found, expected)
+
+
+def _experts(kind, inputs, outputs, num):
+  """Returns kernels whose rows in the store are turned by expert."""
+
+  def turned(x):
+    if not x.ndim:  # a gain
+      return x * jnp.arange(1.0, num + 1)
+    return jnp.stack([jnp.roll(x, n, axis=0) for n in range(num)])
+
+  return jax.tree.map(turned, any_kernels.kernel(kind, inputs, outputs))
+
+
+@pytest.mark.parametrize('kind', _KINDS)
+def test_experts_are_multiplied_in_one_call_with_the_bits_of_each(ports, kind):
+  sizes = [2, 0, 9, 1, 0]
+  w_EIO = _experts(kind, 520, 150, len(sizes))
+  x_JI = _inputs(14, w_EIO.shape[-2])  # the last two are of no expert
+  multiply = jax.jit(
+    lambda x, w, sizes: product.grouped(
+      x, w, sizes, jnp.float32, computed=ports()
+    )
+  )
+  assert not native_product.refusal(w_EIO, 'float32')
+  found = np.asarray(multiply(x_JI, w_EIO, jnp.array(sizes, jnp.int32)))
+  start = 0
+  for n, size in enumerate(sizes):
+    rows = slice(start, start + size)
+    if size:
+      alone = _multiplied(ports(), x_JI[rows], w_EIO.matrix(n))
+      np.testing.assert_array_equal(found[rows], alone)
+    start += size
+  np.testing.assert_array_equal(found[start:], 0)
+
+
+def test_experts_without_rows_are_not_read(ports):
+  w_EIO = _experts('int4', 64, 24, 3)
+  w_EIO.scales = w_EIO.scales.at[1].set(jnp.nan)
+  found = product.grouped(
+    _inputs(5, 64), w_EIO, jnp.array([2, 0, 3], jnp.int32), jnp.float32,
+    computed=ports(),
+  )  # fmt: skip
+  assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+  'dtype', ['float16', 'bfloat16', 'float8_e4m3fn', 'float8_e8m0fnu']
+)
+def test_scales_of_any_dtype_are_the_numbers_that_jax_reads(ports, dtype):
+  w_IO = any_kernels.kernel('int8', 64, 256)
+  codes = np.arange(256, dtype=np.uint8)  # all scales of 8 bits
+  if jnp.dtype(dtype).itemsize == 2:
+    codes = np.linspace(0, 2**16 - 1, 256).astype(np.uint16)
+  scales = jnp.asarray(codes.view(jnp.dtype(dtype))[:, None])
+  w_IO.scales = jnp.where(jnp.isfinite(scales), scales, 1).astype(dtype)
+  w_IO.gain = jnp.float32(0.5)
+  x_RI = _inputs(2, 64)
+  found = _multiplied(ports(), x_RI, w_IO)
+  w_IO.scales = kernel_lib.with_gain(w_IO.scales, w_IO.gain)
+  w_IO.gain = None
+  np.testing.assert_array_equal(found, _multiplied(ports(), x_RI, w_IO))
 
 
 @pytest.mark.parametrize('form', ['int4', 'uint4'])
@@ -202,8 +267,9 @@ def test_the_table_says_what_is_refused():
   w_IO.tile, w_IO.scales = (1, 8), jnp.ones((4, 8))
   text = 'got a scale per 8 inputs, expected a multiple of 16'
   assert text in native_product.refusal(w_IO, 'float32')
-  stack = jax.tree.map(lambda x: x[None], any_kernels.kernel('int8', 64, 4))
-  assert 'got a kernel of 3 axes' in native_product.refusal(stack, 'float32')
+  kernel = any_kernels.kernel('int8', 64, 4)
+  stack = jax.tree.map(lambda x: x[None, None], kernel)
+  assert 'got a kernel of 4 axes' in native_product.refusal(stack, 'float32')
 
 
 def test_a_kernel_that_is_refused_is_multiplied_plainly():

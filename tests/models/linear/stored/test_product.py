@@ -1,5 +1,7 @@
 """Products with stored kernels, against products with their float copy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,3 +160,97 @@ def test_an_invariant_product_does_not_depend_on_the_other_rows(monkeypatch):
   together = multiply(x)
   for row in (0, 17, 32):
     np.testing.assert_array_equal(multiply(x[row : row + 1])[0], together[row])
+
+
+_SIZES_E = [0, 3, 40, 1, 0, 6]  # rows of each expert; 50 of 53
+
+
+def _experts(name, columns=40):
+  kernels = [_stored(name, columns=columns) for _ in _SIZES_E]
+  for n, kernel in enumerate(kernels):  # each has the columns in another order
+    kernels[n] = kernel.columns(jnp.roll(jnp.arange(columns), n))
+  return jax.tree.map(lambda *each: jnp.stack(each), *kernels)
+
+
+def _looped(x_JI, w_EIO):
+  """Returns the rows times the floats of their expert, in float64."""
+  whole_EIO = np.asarray(w_EIO.whole(jnp.float32), np.float64)
+  y_JO, start = np.zeros((len(x_JI), w_EIO.shape[-1])), 0
+  for w_IO, size in zip(whole_EIO, _SIZES_E, strict=True):
+    rows = slice(start, start + size)
+    y_JO[rows] = np.asarray(x_JI, np.float64)[rows] @ w_IO
+    start += size
+  return y_JO
+
+
+@pytest.mark.parametrize('multiply', [plain.linear, invariant.linear])
+@pytest.mark.parametrize('name', [*_NAMES, 'mxfp4'])
+def test_rows_meet_the_matrix_of_their_expert(name, multiply, in_blocks):
+  w_EIO = _experts(name)
+  sizes_E = jnp.asarray(_SIZES_E, jnp.int32)
+  for dtype in (jnp.float32, jnp.bfloat16):
+    x_JI = _normal(53, 64, seed=1).astype(dtype)
+    found = jax.jit(
+      lambda x, w, sizes, dtype=dtype: product.grouped(
+        x, w, sizes, dtype, multiply
+      )
+    )(x_JI, w_EIO, sizes_E)
+    assert found.dtype == dtype
+    expected = _looped(x_JI, w_EIO)
+    # In bfloat16, weights and results are rounded to 8 bits.
+    bound = 4 * float(jnp.finfo(dtype).eps) * np.abs(expected).max()
+    np.testing.assert_allclose(
+      np.asarray(found, np.float64), expected, atol=bound, rtol=0
+    )
+
+
+def test_only_matrices_of_chosen_experts_are_multiplied():
+  w_EIO, x_JI = _experts('int4'), _normal(2, 64, seed=1)
+  w_EIO.scales = w_EIO.scales.at[jnp.array([0, 2, 3, 5])].set(jnp.nan)
+  calls = []
+
+  def multiply(x, w_IO, bias_O, dtype):
+    jax.debug.callback(lambda: calls.append(x.shape[0]))
+    return plain.linear(x, w_IO, bias_O, dtype)
+
+  sizes_E = jnp.array([0, 1, 0, 0, 1, 0], jnp.int32)
+  y_JO = jax.jit(lambda *args: product.grouped(*args, jnp.float32, multiply))(
+    x_JI, w_EIO, sizes_E
+  )
+  jax.effects_barrier()
+  assert calls == [1, 1]
+  assert np.isfinite(y_JO).all()
+
+
+@pytest.mark.parametrize('name', ['int8', 'nf4', 'mxfp4', 'square tiles'])
+@pytest.mark.parametrize('multiply', [plain.linear, invariant.linear])
+def test_a_compiled_product_makes_no_float_copy_of_an_expert(name, multiply):
+  rows, columns, num_experts = 1024, 2048, 8
+  one = jax.eval_shape(lambda: _stored(name, rows, columns))
+  w_EIO = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((num_experts, *x.shape), x.dtype), one
+  )
+  sizes_E = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
+  for num_rows, dtype in ((2, jnp.float32), (128, jnp.bfloat16)):
+    grouped = functools.partial(product.grouped, dtype=dtype, multiply=multiply)
+    x_JI = jax.ShapeDtypeStruct((num_rows, rows), dtype)
+    lowered = jax.jit(grouped).lower(x_JI, w_EIO, sizes_E)
+    memory = lowered.compile().memory_analysis()
+    # One matrix in 16 bits has 4 MiB, and all have 32.
+    assert memory.temp_size_in_bytes < 0.85 * rows * columns * 2
+
+
+def test_an_invariant_row_has_the_same_bits_alone_and_among_others(monkeypatch):
+  monkeypatch.setattr(product, '_BLOCK_BYTES', 16 * 64 * 4)
+  w_EIO, x_JI = _experts('int4'), _normal(53, 64, seed=1)
+
+  @jax.jit
+  def multiply(x_JI, sizes_E):
+    return product.grouped(x_JI, w_EIO, sizes_E, jnp.float32, invariant.linear)
+
+  together = multiply(x_JI, jnp.asarray(_SIZES_E, jnp.int32))
+  for row, expert in ((0, 1), (2, 1), (3, 2), (42, 2), (43, 3), (49, 5)):
+    alone = multiply(
+      x_JI[row : row + 1], jax.nn.one_hot(expert, 6, dtype=jnp.int32)
+    )
+    np.testing.assert_array_equal(alone[0], together[row])
