@@ -3,8 +3,9 @@
     python -m studies.routing --workdir=runs/think --figure=runs/routing.svg
 
 Uses models and samples of `studies.test_time_scaling` in the same --workdir,
-and makes them where they are missing. An effort is a majority of 1, 4 or 16
-samples; `studies/think/routing.py` describes the ways that are compared.
+and makes them where they are missing. An effort is 1, 4 or 16 samples, of which
+--chosen_by takes the majority, or the answer whose steps a program finds right;
+`studies/think/routing.py` describes the ways that are compared.
 Printed are, at several mean budgets, the accuracy of the best random mix, of
 the router and of the oracle, and how much of the distance between mix and
 oracle the router goes; the calibration error of P(correct), beside that of
@@ -42,6 +43,12 @@ _POOLING = flags.DEFINE_enum(
   'mean',
   ('mean', 'last'),
   'Hidden states of the prompt that the predictor reads.',
+)
+_CHOSEN_BY = flags.DEFINE_enum(
+  'chosen_by',
+  routing.MAJORITY,
+  routing.EFFORTS,
+  'How an effort chooses among its samples.',
 )
 NUM_BUDGETS = 5
 REPORT, RESULTS = 'routing.html', 'routing.json'
@@ -274,11 +281,12 @@ def report(
   workdir: pathlib.Path,
   *,
   pooling: str = 'mean',
+  chosen_by: str = routing.MAJORITY,
   figure_path: str = '',
   config: fit_lib.FitConfig = fit_lib.FitConfig(),
 ) -> str:
   """Writes page, numbers and table of outcomes; returns the tables."""
-  table = routing.outcomes_of(pool, pooling)
+  table = routing.outcomes_of(pool, pooling, chosen_by)
   outcomes.save(workdir / 'outcomes.jsonl', table)
   budgets, num = budgets_of(table), pool.codes_QN.shape[1]
   numbers = {
@@ -333,7 +341,11 @@ def main(argv: list[str]) -> None:
     )
     print(
       report(
-        pool, workdir, pooling=pooling, figure_path=study_flags.FIGURE.value
+        pool,
+        workdir,
+        pooling=pooling,
+        chosen_by=_CHOSEN_BY.value,
+        figure_path=study_flags.FIGURE.value,
       )
     )
     predictor = freeze(

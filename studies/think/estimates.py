@@ -53,7 +53,8 @@ def best_of(
       for k in _checked(ks, num)
     ]
   )
-  return _curve(pool, ks, values)
+  # Weights add up to 1 but for rounding.
+  return _curve(pool, ks, np.minimum(values, 1.0))
 
 
 def rank_weights(scores_QN: np.ndarray, k: int) -> np.ndarray:

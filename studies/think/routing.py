@@ -1,10 +1,11 @@
 """Routers measured from a pool: accuracy against FLOPs, and what is in reach.
 
-An effort is a majority of 1, 4 or 16 samples (`EFFORTS`). What it makes of a
-question, the expected share of right answers and the expected FLOPs, comes from
-the pool (`studies/think/estimates.py`). The predictor is cross-fitted over five
-folds of questions: three train it, one calibrates it and the price, and one is
-measured, in turn, so that every question is held out once.
+An effort is a number of samples, of which one answer is chosen (`EFFORTS`): the
+majority's, or the one whose steps a program finds right most often. What it
+makes of a question, the expected share of right answers and the expected FLOPs,
+comes from the pool (`studies/think/estimates.py`). The predictor is cross-
+fitted over five folds of questions: three train it, one calibrates it and the
+price, and one is measured, in turn, so that every question is held out once.
 
     always       one effort for all questions
     mix          two neighbouring efforts at random, at the same cost
@@ -25,29 +26,43 @@ from inference.search.routing import policy as policy_lib
 from studies.think import estimates, pool as pool_lib
 from training.effort import fit as fit_lib, outcomes
 
-# Votes by name of the effort, as a router reads it.
-EFFORTS = {'once': 1, 'self_consistency:4': 4, 'self_consistency:16': 16}
+# Samples by name of the effort, as a router reads it, for each choice.
+MAJORITY, STEPS = 'majority', 'steps'
+EFFORTS = {
+  MAJORITY: {'once': 1, 'self_consistency:4': 4, 'self_consistency:16': 16},
+  STEPS: {'once': 1, 'best_of_n:4': 4, 'best_of_n:16': 16},
+}
 NUM_FOLDS = 5
 
 
 def outcomes_of(
-  pool: pool_lib.Pool, pooling: str = 'last', efforts: Sequence[str] = ()
+  pool: pool_lib.Pool, pooling: str = 'last', chosen_by: str = MAJORITY
 ) -> outcomes.Outcomes:
   """Returns the table of outcomes of a pool.
+
+  Args:
+    pool: samples.
+    pooling: hidden states of the prompt that are the features.
+    chosen_by: how an effort chooses among its samples, a key of `EFFORTS`.
 
   Raises:
     ValueError: the pool has fewer samples than the highest effort.
   """
-  names = tuple(efforts or EFFORTS)
-  curve = estimates.majority(pool, [EFFORTS[name] for name in names])
+  efforts = EFFORTS[chosen_by]
+  ks = list(efforts.values())
+  if chosen_by == MAJORITY:
+    curve = estimates.majority(pool, ks)
+  else:
+    scores_QN = pool.scores_CQN[pool_lib.SCORES.index(chosen_by)]
+    curve = estimates.best_of(pool, scores_QN, ks)
   tokens_Q = pool.tokens_QN.mean(axis=1)
   return outcomes.Outcomes(
     ids=tuple(map(str, pool.ids)),
-    efforts=names,
+    efforts=tuple(efforts),
     features_BF={'last': pool.last_QF, 'mean': pool.mean_QF}[pooling],
     correct_BE=curve.accuracy_KQ.T,
     flops_BE=curve.flops_KQ.T,
-    tokens_BE=np.stack([tokens_Q * EFFORTS[name] for name in names], axis=1),
+    tokens_BE=np.stack([tokens_Q * k for k in ks], axis=1),
   )
 
 

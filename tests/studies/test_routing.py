@@ -1,12 +1,14 @@
 """The study of routing, on pools whose P(correct) is known."""
 
+import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
 
 from studies import routing as study
-from studies.think import routing
+from studies.think import pool as pool_lib, routing
 from tests.helpers import sample_pools
 from training.effort import fit as fit_lib
 
@@ -81,3 +83,18 @@ def test_the_report_has_both_halves_and_the_table_of_outcomes(tmp_path):
 def test_a_pool_with_fewer_samples_than_an_effort_is_refused():
   with pytest.raises(ValueError, match='draw more samples'):
     routing.outcomes_of(sample_pools.graded(num_per_level=4, num_samples=8))
+
+
+def test_an_effort_may_choose_by_steps():
+  pool = sample_pools.graded(num_per_level=4)
+  scores_CQN = np.array(pool.scores_CQN)
+  scores_CQN[pool_lib.SCORES.index(routing.STEPS)] = pool.is_right_QN
+  perfect = dataclasses.replace(pool, scores_CQN=scores_CQN)
+  table = routing.outcomes_of(perfect, chosen_by=routing.STEPS)
+  assert table.efforts == ('once', 'best_of_n:4', 'best_of_n:16')
+  # Steps that know the right answer find it if one of the samples has it.
+  num, wrong_Q = pool.is_right_QN.shape[1], (~pool.is_right_QN).sum(axis=1)
+  for effort, k in enumerate((1, 4, 16)):
+    expected = [1 - math.comb(int(n), k) / math.comb(num, k) for n in wrong_Q]
+    np.testing.assert_allclose(table.correct_BE[:, effort], expected)
+  assert table.correct_BE.max() <= 1.0
