@@ -8,10 +8,12 @@ import pytest
 from models import kv_cache
 from models.attention import form as form_lib, paged
 from models.attention.kernels import paged_cpu
-from models.linear.native import build
+from models.linear.native import build, processor
 
 Form = form_lib.Form
 _PAGE = 16
+_PLAIN = ('-mno-avx', '-O1')
+_AVX2 = ('-mavx2', '-mfma', '-O1')
 
 
 @pytest.fixture(scope='module')
@@ -132,6 +134,21 @@ def test_tokens_that_are_not_finite_reach_those_alone_that_see_them(attend):
     np.testing.assert_array_equal(found[:, :2], clean[:, :2])
   for found in (*results[2:4], results[5]):
     assert np.isnan(found[3:, 2:]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stored', ['float32', 'uint16', 'int8', 'uint8'])
+def test_builds_for_other_processors_agree(attend, stored):
+  call = _call(
+    decodes=4, chunks=0, rows=1, heads=4, kv_heads=2, channels=24, stored=stored
+  )
+  expected, _ = _both(attend, call)
+  for options in (_PLAIN, _AVX2):
+    if options == _AVX2 and 'avx2' not in processor.described():
+      continue
+    target, _ = build.registered(options, source=build.PAGES)
+    found, _ = _both(paged_cpu.Attend(target), call)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6)
 
 
 def test_a_call_that_it_does_not_take_is_refused(attend):
