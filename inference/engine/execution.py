@@ -15,7 +15,8 @@ from models import execution as execution_lib, kv_cache, layout, model_config
 from models.attention import supports
 from models.layers import table
 from models.linear import invariant
-from models.linear.native import build, choice as native_choice, processor
+from models.linear.native import choice as native_choice
+from models.native import build, processor
 
 _KERNELS = {
   'tpu': supports.PAGED_TPU,

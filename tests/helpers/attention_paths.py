@@ -21,7 +21,7 @@ from models.attention.kernels import (
   splash_tpu,
 )
 from models.linear import invariant
-from models.linear.native import build
+from models.native import build
 from parallel import mesh as mesh_lib, parallel_config
 from parallel.attention import context
 

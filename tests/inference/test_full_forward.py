@@ -12,7 +12,7 @@ from inference.engine import adapter_table, engine as engine_lib
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models import layout, transformer
-from models.linear.native import processor
+from models.native import processor
 from tests.helpers import frozen_dirs, tiny_models
 from tests.helpers.training import tiny_adapters
 from tests.inference import conftest as life_two

@@ -18,7 +18,7 @@ from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models import transformer
 from models.attention.kernels import paged_cpu
-from models.linear.native import build
+from models.native import build
 from tests.helpers import frozen_dirs, tiny_models
 from tests.helpers.open_weights import stored_params
 from tests.helpers.serving import guesses, trained_heads

@@ -27,7 +27,7 @@ import jax
 from jax._src import config as jax_config
 from jax.experimental import serialize_executable
 
-from models.linear.native import processor
+from models.native import processor
 from storage import atomic
 
 _ROOT = pathlib.Path(__file__).parents[3]

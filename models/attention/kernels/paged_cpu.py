@@ -14,7 +14,7 @@ import numpy as np
 
 from models import kv_cache
 from models.attention import form as form_lib, paged, supports
-from models.linear.native import build
+from models.native import build
 
 MOST_ROWS = 8  # queries of a sequence; longer chunks are attended in plain JAX
 

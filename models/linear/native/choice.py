@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.linear.native import build, few_rows, product as native_product
+from models.linear.native import few_rows, product as native_product
 from models.linear.stored import product, tree as stored_tree
+from models.native import build
 
 PLAIN = 'plain JAX'
 

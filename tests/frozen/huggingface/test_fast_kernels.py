@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from frozen.huggingface import fast_kernels
-from models.linear.native import build
+from models.native import build
 from tests.helpers import any_kernels
 
 

@@ -8,7 +8,7 @@ from models.attention import cached, supports
 from models.attention.kernels import paged_gpu, paged_tpu
 from models.layers import table
 from models.linear import invariant
-from models.linear.native import processor
+from models.native import processor
 from tests.helpers import tiny_models
 
 _Config = engine_config.EngineConfig

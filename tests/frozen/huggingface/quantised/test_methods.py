@@ -10,8 +10,8 @@ from frozen import format as frozen_format
 from frozen.huggingface import importing
 from frozen.huggingface.quantised import bits, kept as kept_lib, parts
 from models import transformer
-from models.linear.native import build
 from models.linear.stored import tree as stored_tree
+from models.native import build
 from tests.helpers.open_weights import compressed_dirs, quantised_dirs
 
 _GPTQ = {'quant_method': 'gptq', 'bits': 4, 'group_size': 16}

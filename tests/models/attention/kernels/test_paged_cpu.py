@@ -8,7 +8,7 @@ import pytest
 from models import kv_cache
 from models.attention import form as form_lib, paged
 from models.attention.kernels import paged_cpu
-from models.linear.native import build, processor
+from models.native import build, processor
 
 Form = form_lib.Form
 _PAGE = 16

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from models.linear import plain
-from models.linear.native import build, few_rows, processor
+from models.linear.native import few_rows
+from models.native import build, processor
 
 _AVX2 = ('-mavx2', '-mfma', '-O1')
 _PLAIN = ('-mno-avx', '-O1')

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from models.linear import plain
-from models.linear.native import build, processor, product as native_product
+from models.linear.native import product as native_product
 from models.linear.stored import (
   kernel as kernel_lib,
   product,
   round as rounding,
 )
+from models.native import build, processor
 from tests.helpers import any_kernels
 
 _KINDS = [*native_product._BLOCKS, *any_kernels.SCHEMES]

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from models.linear.native import processor
+from models.native import processor
 
 
 @pytest.fixture(autouse=True)

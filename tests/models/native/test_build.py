@@ -6,14 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from models.linear.native import (
-  build,
-  choice,
-  few_rows,
-  processor,
-  product as native_product,
-)
+from models.linear.native import choice, few_rows, product as native_product
 from models.linear.stored import product
+from models.native import build, processor
 from tests.helpers import any_kernels
 
 _QUICKLY = ('-O0',)  # compiled in 2 s, not 5

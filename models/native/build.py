@@ -25,16 +25,18 @@ import threading
 
 import jax
 
-from models.linear.native import processor
+from models.native import processor
 
-_HERE = pathlib.Path(__file__).parent
-STORED = 'kernel.cc'  # the product with kernels in fewer bits
-FEW_ROWS = 'few_rows.cc'  # the product of few rows with floats
-PAGES = '../../attention/kernels/paged_cpu.cc'  # attention over pages
+_MODELS = pathlib.Path(__file__).parents[1]
+# Sources of functions, below models/.
+STORED = 'linear/native/kernel.cc'  # the product with kernels in fewer bits
+FEW_ROWS = 'linear/native/few_rows.cc'  # the product of few rows with floats
+PAGES = 'attention/kernels/paged_cpu.cc'  # attention over pages
+_COMMON = 'native/parts.h', 'native/simd.h'
 _HEADERS = {
-  STORED: ('formats.h', 'parts.h', 'scales.h', 'simd.h'),
-  FEW_ROWS: ('parts.h', 'simd.h'),
-  PAGES: ('parts.h', 'simd.h'),
+  STORED: (*_COMMON, 'linear/native/formats.h', 'linear/native/scales.h'),
+  FEW_ROWS: _COMMON,
+  PAGES: _COMMON,
 }
 # Of XLA's name, and of the symbol in the library.
 _NAMES = {PAGES: ('two_lives_attend', 'TwoLivesAttend')}
@@ -132,7 +134,7 @@ def _key(compiler: str, options: tuple[str, ...], source: str = STORED) -> str:
   """Returns a digest of everything that the library depends on."""
   version = _run([compiler, '--version']).stdout
   names = source, *_HEADERS[source]
-  sources = [(_HERE / name).read_text() for name in names]
+  sources = [(_MODELS / name).read_text() for name in names]
   parts = (
     sources, compiler, version, _OPTIONS, options, platform.platform(),
     processor.described(), importlib.metadata.version('jaxlib'),
@@ -146,13 +148,13 @@ def _build(
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
     built = pathlib.Path(scratch) / 'product.so'
-    include = '-isystem', jax.ffi.include_dir(), '-I', str(_HERE)
+    include = '-isystem', jax.ffi.include_dir(), '-I', str(_MODELS / 'native')
     command = [
       compiler,
       *_OPTIONS,
       *options,
       *include,
-      str(_HERE / source),
+      str(_MODELS / source),
     ]
     done = _run([*command, '-o', str(built)])
     if done.returncode:
