@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "parts.h"
@@ -341,13 +342,16 @@ ffi::Error AttendAs(const Attention<float>& given, const void* pages,
     most = std::max(most, seen);
   }
   const int64_t spans = (most + kSpan - 1) / kSpan;
-  std::vector<float> parts(sequences * spans * given.rows * given.heads *
-                           (given.channels + 2));
+  // Not cleared: units write all of it. It has some 2 % of the size of the keys
+  // and values that are read.
+  const std::unique_ptr<float[]> parts(
+      new float[sequences * spans * given.rows * given.heads *
+                (given.channels + 2)]);
   const Attention<Stored> p{
       given.q, static_cast<const Stored*>(pages), given.scales, given.table,
       given.positions, given.out, given.rows, given.heads, given.channels,
       given.page_size, given.vectors, given.width, given.table_width,
-      given.window, given.softcap, spans, parts.data()};
+      given.window, given.softcap, spans, parts.get()};
   Run(p, AttendUnits<Stored>, sequences * spans,
       2 * keys * p.heads * p.channels, 1, kUnitsPerThread, pool);
   AddSpans(p, sequences);
