@@ -29,6 +29,8 @@ def _intercepted(config, params):
 
   def keep(call, args, kwargs, context):
     name = context.module.name
+    if context.method_name != '__call__':
+      return call(*args, **kwargs)
     if isinstance(context.module, moe_layer.Moe) and args:
       inputs['/'.join(context.module.path)] = np.asarray(args[0], np.float64)
     if isinstance(context.module, mlp.Linear) and name != 'router':
