@@ -90,8 +90,10 @@ class Backend(NamedTuple):
           ' auto'
         ) from error
       return self
+    name, colon, why = self.products.partition(':')
     return self._replace(
-      execution=dataclasses.replace(self.execution, attend_cached=port)
+      execution=dataclasses.replace(self.execution, attend_cached=port),
+      products=f'{name}; attention native{colon}{why}',
     )
 
   def pool_pages(

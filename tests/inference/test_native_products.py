@@ -106,6 +106,8 @@ def test_few_rows_of_floats_have_the_answers_of_plain_products(dtype):
     )
     attend = engine.backend.execution.attend_cached
     assert isinstance(attend, paged_cpu.Attend) == (native == 'on')
+    is_said = '; attention native' in engine.backend.products
+    assert is_said == (native == 'on')
     answers.append(_answers(engine, _PROMPTS))
   for (ids, logprobs), (expected, of_expected) in zip(*answers, strict=True):
     assert ids[:1] == expected[:1]  # later ones may follow from a near tie
