@@ -86,7 +86,8 @@ def _report(
   manifest = generator.frozen.manifest
   if storage := frozen_format.storage_text(manifest):
     lines.append(f'stored          {storage}')
-    lines.append(f'products        {generator.products_text()}')
+  if products := generator.products_text():
+    lines.append(f'products        {products}')
   if measured := quality.told(manifest):
     lines.append(f'quality         {measured}')
   return lines
