@@ -7,11 +7,11 @@ Trains `experiments/test_time_scaling.py` in two sizes, for each seed, and draws
 --samples_per_question answers of each model to the same held-out additions of
 two to six digits. Every strategy of `studies/think/strategies.py` is then
 evaluated from these pools, without bias. Printed are the accuracies of a level,
-the accuracy at equal FLOPs, and the compute-optimal choice per level against
-best of n: both chosen on half of the questions and measured on the other half.
-Intervals are 95 %, by the bootstrap over questions and seeds. Runs and pools
-are kept below --workdir: the same command resumes. report.html there has
-figures and tables.
+the accuracy at equal FLOPs, and the compute-optimal choice per level, of levels
+that share a budget, against best of n: both chosen on half of the questions and
+measured on the other half. Intervals are 95 %, by the bootstrap over questions
+and seeds. Runs and pools are kept below --workdir: the same command resumes.
+report.html there has figures and tables.
 
     python -m studies.test_time_scaling --model=DIR --questions=gsm8k.jsonl \
       --workdir=runs/gsm8k --samples_per_question=64
@@ -165,7 +165,7 @@ class Compared(NamedTuple):
 def compared(
   found: Sequence[Mapping], levels_Q: np.ndarray, budgets: Sequence[float]
 ) -> list[Compared]:
-  """Returns the comparison at each budget that pays an answer of each level.
+  """Returns the comparison at each mean budget that pays an answer.
 
   Best of n chooses its size, its score and n by the same halves, but has one
   choice for all levels.
@@ -175,7 +175,7 @@ def compared(
   for budget in budgets:
     pairs = [
       (
-        strategies.compute_optimal(strategies.options(x), levels_Q, budget),
+        strategies.allocated(strategies.options(x), levels_Q, budget),
         strategies.best_within(strategies.options(x, plain), levels_Q, budget),
       )
       for x in found

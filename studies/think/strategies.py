@@ -2,7 +2,8 @@
 
 An option is a model size, a strategy and a number of samples. The
 compute-optimal choice takes, for each level of difficulty, the most accurate
-option within a budget (Snell et al. 2024, arXiv:2408.03314, section 3). It is
+option within a budget (Snell et al. 2024, arXiv:2408.03314, section 3). Each
+level has that budget (`compute_optimal`), or all share it (`allocated`). It is
 found on one half of the questions and measured on the other, both ways round,
 so that it is not measured on the noise that it was chosen by.
 """
@@ -114,6 +115,89 @@ def compute_optimal(
       row.append(best.name)
     names.append(tuple(row))
   return Chosen(accuracy_Q=accuracy_Q, flops_Q=flops_Q, names=tuple(names))
+
+
+def allocated(
+  among: Sequence[Option], levels_Q: np.ndarray, budget: float
+) -> Chosen | None:
+  """Returns the best option per level, if levels share a budget, cross-fitted.
+
+  What easy levels do not need is spent on others. A price per FLOP makes each
+  level choose; it is the lowest one whose choices are within the budget, and
+  what is left pays the upgrades that gain most.
+
+  Args:
+    among: options.
+    levels_Q: of the questions.
+    budget: mean FLOPs of all questions.
+
+  Returns:
+    None if the budget does not pay the cheapest options.
+  """
+  half_Q, levels = halves(levels_Q), np.unique(levels_Q)
+  accuracy_Q, flops_Q = np.zeros((2, len(levels_Q)))
+  names: list[tuple[str, ...]] = []
+  for half in (0, 1):
+    seen = [(levels_Q == level) & (half_Q == half) for level in levels]
+    total = sum(each.sum() for each in seen)
+    # Of each level and option, as shares of the means over all questions.
+    gains_LO, costs_LO = (
+      np.array(
+        [
+          [getattr(x, name)[which].sum() / total for x in among]
+          for which in seen
+        ]
+      )
+      for name in ('accuracy_Q', 'flops_Q')
+    )
+    chosen_L = _affordable(gains_LO, costs_LO, budget)
+    if chosen_L is None:
+      return None
+    for level, best in zip(levels, chosen_L, strict=True):
+      other = (levels_Q == level) & (half_Q != half)
+      accuracy_Q[other] = among[best].accuracy_Q[other]
+      flops_Q[other] = among[best].flops_Q[other]
+    names.append(tuple(among[best].name for best in chosen_L))
+  return Chosen(accuracy_Q=accuracy_Q, flops_Q=flops_Q, names=tuple(names))
+
+
+def _affordable(
+  gains_LO: np.ndarray, costs_LO: np.ndarray, budget: float
+) -> np.ndarray | None:
+  """Returns an option of each level, whose costs are within a budget."""
+  rows = np.arange(len(gains_LO))
+
+  def at(price: float) -> np.ndarray:
+    # Of equal values, the cheapest.
+    values_LO = gains_LO - price * costs_LO
+    best_L1 = values_LO.max(axis=1, keepdims=True)
+    return np.where(values_LO >= best_L1, costs_LO, np.inf).argmin(axis=1)
+
+  def cost(chosen_L: np.ndarray) -> float:
+    return costs_LO[rows, chosen_L].sum()
+
+  chosen_L = costs_LO.argmin(axis=1)
+  if cost(chosen_L) > budget:
+    return None
+  low, high = 0.0, 2 / costs_LO.min()  # no gain is worth the second price
+  if cost(at(low)) <= budget:
+    return at(low)
+  for _ in range(100):
+    middle = (low + high) / 2
+    if cost(at(middle)) <= budget:
+      high = middle
+    else:
+      low = middle
+  chosen_L = at(high)
+  while True:
+    left = budget - cost(chosen_L)
+    more_LO = gains_LO - gains_LO[rows, chosen_L][:, None]
+    extra_LO = costs_LO - costs_LO[rows, chosen_L][:, None]
+    more_LO = np.where(extra_LO <= left, more_LO, -np.inf)
+    level, option = np.unravel_index(more_LO.argmax(), more_LO.shape)
+    if more_LO[level, option] <= 0:
+      return chosen_L
+    chosen_L[level] = option
 
 
 def best_within(

@@ -120,6 +120,17 @@ def test_the_compute_optimal_choice_differs_by_level_and_is_held_out():
   assert best is not None
   assert best.accuracy_Q.mean() == pytest.approx(0.65)
   assert strategies.compute_optimal(among, levels_Q, budget=0.5) is None
+  # A budget of all levels together: what easy questions leave pays hard ones.
+  for budget, accuracy, chosen in (
+    (1.0, 0.5, 'aa'), (1.5, 0.7, 'ab'), (4.9, 0.7, 'ab'), (5.0, 0.95, 'ac'),
+    (9.0, 1.0, 'cc'),
+  ):  # fmt: skip
+    shared = strategies.allocated(among, levels_Q, budget)
+    assert shared is not None
+    assert shared.accuracy_Q.mean() == pytest.approx(accuracy)
+    assert shared.flops_Q.mean() <= budget
+    assert shared.names == (tuple(f'small, {x}, 2' for x in chosen),) * 2
+  assert strategies.allocated(among, levels_Q, budget=0.9) is None
   # Chosen by noise: what is good on one half is measured on the other.
   half_Q = strategies.halves(levels_Q)
   lucky = strategies.Option(
@@ -132,6 +143,25 @@ def test_the_compute_optimal_choice_differs_by_level_and_is_held_out():
   found = strategies.compute_optimal([lucky, among[0]], levels_Q, budget=2.0)
   assert found is not None
   assert found.accuracy_Q[half_Q == 1].mean() == 0
+
+
+def test_a_shared_budget_is_kept_and_nearly_all_of_it_is_worth_is_reached():
+  rng, shares = np.random.default_rng(0), []
+  for _ in range(50):
+    gains_LO, costs_LO = rng.random((2, 3, 5))
+    budget = rng.uniform(costs_LO.min(axis=1).sum(), costs_LO.sum() / 5)
+    chosen_L = strategies._affordable(gains_LO, costs_LO, budget)
+    exact = max(
+      sum(gains_LO[range(3), each])
+      for each in itertools.product(range(5), repeat=3)
+      if sum(costs_LO[range(3), each]) <= budget
+    )
+    if chosen_L is None:
+      continue
+    assert costs_LO[range(3), chosen_L].sum() <= budget
+    shares.append(gains_LO[range(3), chosen_L].sum() / exact)
+  assert len(shares) > 25
+  assert np.mean(shares) > 0.97, np.mean(shares)
 
 
 def test_steps_are_scored_without_the_question():
