@@ -99,7 +99,9 @@ def test_a_mixture_in_fast_numerics_has_the_bits_of_the_same_devices(tmp_path):
     expert_width=32,
   )
   # All that is multiplied but experts is in fewer bits.
-  params = stored_params.stored(frozen_dirs.params(config), 'int4')
+  params = stored_params.stored(
+    frozen_dirs.params(config), 'int4', has_experts=False
+  )
   frozen_dirs.write(tmp_path / 'model', config=config, params=params)
   fields = {'tensor': 2, 'experts': 2, 'constraints': False}
   one, two = (
