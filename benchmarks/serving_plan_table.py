@@ -54,7 +54,7 @@ written on a machine without accelerators by
   decode step of the engine, compiled ahead of time).
 - sums: over the devices, of the stream of a step; one after attention and one
   after the MLP of each layer, one of the embedding. The compiler joins or
-  splits some; the bytes are those that one device sends.
+  splits some. Bytes are sent by one device.
 - largest: message of a step. No weight is sent if it is not larger than the
   stream.
 

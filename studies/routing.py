@@ -14,7 +14,8 @@ by one. Then the same under shift: a predictor of the shorter half of the
 lengths meets longer sums.
 
 Written below --workdir: outcomes.jsonl and effort.json, the table and the
-predictor of `python -m training.effort`, and routing.html.
+predictor of `python -m training.effort`, and routing.html. There is no
+effort.json with --chosen_by=steps: a server has no program that checks steps.
 """
 
 from collections.abc import Sequence
@@ -348,6 +349,8 @@ def main(argv: list[str]) -> None:
         figure_path=study_flags.FIGURE.value,
       )
     )
+    if _CHOSEN_BY.value != routing.MAJORITY:
+      return  # a server could not do what was measured
     predictor = freeze(
       outcomes.read(workdir / 'outcomes.jsonl'),
       workdir / f'{size}_0' / 'frozen',

@@ -1,7 +1,7 @@
 """Routers measured from a pool: accuracy against FLOPs, and what is in reach.
 
 An effort is a number of samples, of which one answer is chosen (`EFFORTS`): the
-majority's, or the one whose steps a program finds right most often. What it
+majority's, or the one with the largest share of right steps. What it
 makes of a question, the expected share of right answers and the expected FLOPs,
 comes from the pool (`studies/think/estimates.py`). The predictor is cross-
 fitted over five folds of questions: three train it, one calibrates it and the
@@ -26,11 +26,12 @@ from inference.search.routing import policy as policy_lib
 from studies.think import estimates, pool as pool_lib
 from training.effort import fit as fit_lib, outcomes
 
-# Samples by name of the effort, as a router reads it, for each choice.
+# Samples by name of the effort, for each choice. A server does what the name
+# says. It has no program that checks steps, so it refuses the names of those.
 MAJORITY, STEPS = 'majority', 'steps'
 EFFORTS = {
   MAJORITY: {'once': 1, 'self_consistency:4': 4, 'self_consistency:16': 16},
-  STEPS: {'once': 1, 'best_of_n:4': 4, 'best_of_n:16': 16},
+  STEPS: {'once': 1, 'best of 4 by steps': 4, 'best of 16 by steps': 16},
 }
 NUM_FOLDS = 5
 

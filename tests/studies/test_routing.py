@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from inference.search.routing import efforts
 from studies import routing as study
 from studies.think import pool as pool_lib, routing
 from tests.helpers import sample_pools
@@ -91,7 +92,12 @@ def test_an_effort_may_choose_by_steps():
   scores_CQN[pool_lib.SCORES.index(routing.STEPS)] = pool.is_right_QN
   perfect = dataclasses.replace(pool, scores_CQN=scores_CQN)
   table = routing.outcomes_of(perfect, chosen_by=routing.STEPS)
-  assert table.efforts == ('once', 'best_of_n:4', 'best_of_n:16')
+  # A server must not take them for efforts of its own.
+  for name in table.efforts[1:]:
+    with pytest.raises(ValueError, match='effort: got'):
+      efforts.parsed(name)
+  for name in routing.EFFORTS[routing.MAJORITY]:
+    efforts.parsed(name)
   # Steps that know the right answer find it if one of the samples has it.
   num, wrong_Q = pool.is_right_QN.shape[1], (~pool.is_right_QN).sum(axis=1)
   for effort, k in enumerate((1, 4, 16)):

@@ -1,8 +1,8 @@
 // Attention of a few queries over the pages of a KV cache: a handler of XLA.
 //
 // Keys and values are read up to the position of each query, a tile at a time.
-// One unit of work is a span of slots of a sequence, with all
-// heads: they lie beside each other. Threads take units one after the other.
+// One unit of work is a span of slots of a sequence, with all heads, which lie
+// beside each other. Threads take units one after the other.
 // Tiles of slots are folded in with a running maximum and sum (Milakov and
 // Gimelshein, arXiv:1805.02867), in float32, and then spans are. So the bits of
 // a result depend on its query and on the keys that it sees alone.
@@ -84,7 +84,7 @@ inline void ToFloats(const Float8* from, float scale, int64_t size,
 }
 
 // e to the power of x, at most 0 or NaN; 0 below -87. Cephes' polynomial, whose
-// error is below 2e-7 of the result.
+// error is below 1e-7 of the result.
 inline float Exp(float x) {
   const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -342,8 +342,7 @@ ffi::Error AttendAs(const Attention<float>& given, const void* pages,
     most = std::max(most, seen);
   }
   const int64_t spans = (most + kSpan - 1) / kSpan;
-  // Not cleared: units write all of it. It has some 2 % of the size of the keys
-  // and values that are read.
+  // Not cleared: units write all of it.
   const std::unique_ptr<float[]> parts(
       new float[sequences * spans * given.rows * given.heads *
                 (given.channels + 2)]);
