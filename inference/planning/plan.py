@@ -217,8 +217,8 @@ class Plan:
     """The sums over devices in a decode step, sampling left out.
 
     One after attention and one after the MLP or the experts of each layer, one
-    after shared experts, and one of the embedding (`parallel.tensor.ports`),
-    less those that kernels of `across` do without.
+    after shared experts, and one of the embedding (`parallel.tensor.ports`).
+    Kernels of `across` need no sum.
     """
     if self.tensor == 1:
       return 0

@@ -371,7 +371,7 @@ def described(layout: layout_lib.Layout, shapes: Any) -> str:
 
 
 def _arrays(kernel: Any) -> dict[str, Any]:
-  """Returns the arrays of a kernel by name, without those that it lacks."""
+  """Returns the arrays that a kernel has, by name."""
   if isinstance(kernel, blocks_lib.Blocks):
     return {'data': kernel.data}
   found = {name: getattr(kernel, name) for name in kernel_lib.ARRAYS}

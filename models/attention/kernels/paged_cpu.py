@@ -1,9 +1,9 @@
 """Attention of few queries over pages on a CPU, by native code.
 
 Keys and values are read from their pages, up to the position of each query;
-plain JAX copies tiles of pages first, in several small operations. Decoding
-tokens and short spans, as those that verify drafts, are attended so. Chunks of
-prompts have many queries per key, and plain JAX multiplies them as matrices.
+plain JAX copies tiles of pages first, in several small operations. Tokens that
+decode, and short spans such as drafts that are verified, take this way. Chunks
+of prompts have many queries per key, and plain JAX multiplies them as matrices.
 """
 
 import dataclasses
