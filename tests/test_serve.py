@@ -59,7 +59,12 @@ def _run(*args, stdin=''):
 
 def _run_alone(*args):
   process = _start(*args, stdin=subprocess.DEVNULL)
-  out, err = process.communicate(timeout=120)
+  try:
+    out, err = process.communicate(timeout=120)
+  except subprocess.TimeoutExpired:
+    process.kill()  # a server that was to refuse its arguments serves
+    process.communicate()
+    raise
   return process.returncode, out, err
 
 
@@ -247,8 +252,11 @@ def test_a_process_that_is_asked_nothing_exits_with_2():
     ),
     # Found by the thread that loads, when the server already listens.
     (
-      ['--model={model}', '--port=0', '--engine.attention=kernel'],
-      "engine.attention: got 'kernel'",
+      [
+        *('--model={model}', '--port=0'),
+        *('--engine.attention=kernel', '--engine.native=off'),
+      ],
+      "engine.attention: got 'kernel', but engine.native is off",
     ),
     (['--model={model}', '--eval=perplexity:nowhere.txt'], 'nowhere.txt'),
     (
