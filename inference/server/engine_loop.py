@@ -130,6 +130,10 @@ class Ended:
 OnEnd = Callable[[Ended], Awaitable[Any] | None]
 
 
+def _do_nothing(_: Any) -> None:
+  pass
+
+
 class Updates:
   """The updates of requests submitted together, as (index, update)."""
 
@@ -176,8 +180,12 @@ class Updates:
     if error:
       self._arrived.put_nowait(error)
     ended = Ended(updates=[*self._last, *cancelled], error=error)
+    on_end = self._on_end
+    # Both may refer to this object. In a cycle it would stay until the garbage
+    # collector comes, which takes longer the more of them there are.
+    self._cancel = self._on_end = _do_nothing
     try:
-      self._ending = self._on_end(ended)
+      self._ending = on_end(ended)
     except Exception as failure:  # must not keep other requests from ending
       self._ending = asyncio.get_running_loop().create_future()
       self._ending.set_exception(failure)

@@ -1,8 +1,10 @@
 """The thread that owns the engine, with an engine that a test can hold."""
 
 import asyncio
+import gc
 import threading
 import types
+import weakref
 
 import pytest
 
@@ -413,3 +415,16 @@ def test_an_end_that_fails_is_that_of_one_request_alone():
     assert await _count(await asked) == 3
 
   _run(test)
+
+
+def test_ended_updates_do_not_wait_for_the_garbage_collector():
+  def ended():
+    found = engine_loop_lib.Updates(1, lambda _: found.close())
+    found.put((0, requests.Update(0, 0, '', (), (), completion=object())))  # pyright: ignore
+    return weakref.ref(found)
+
+  gc.disable()
+  try:
+    assert ended()() is None
+  finally:
+    gc.enable()
