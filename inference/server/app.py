@@ -42,6 +42,7 @@ A new route is a function in `routes/`, and its lines in `api/openapi.py`.
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 import contextlib
+import functools
 import logging
 from typing import Any
 
@@ -190,6 +191,7 @@ def create_app(
   app.state.end_requests, app.state.versions = end_requests, versions
   app.state.draining, app.state.keyring = draining, keyring
   app.state.engine_loops = service.engine_loops
+  app.state.health = functools.partial(probes.health, service)
   open_paths = {*api_keys.OPEN_PATHS, *['/metrics'] * config.public_metrics}
   _add_middleware(app, service, open_paths)
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)

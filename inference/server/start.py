@@ -136,6 +136,7 @@ def serve(options: Options) -> None:
     app,
     options.limits,
     end_requests=app.state.end_requests,
+    health=app.state.health,
     draining=app.state.draining,
     host=options.host,
     port=options.port,

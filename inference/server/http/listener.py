@@ -14,17 +14,22 @@ import resource
 import socket
 from typing import Any
 
+from fastapi import responses
 import uvicorn
 
 from inference.server import server_config
-from inference.server.http import draining as draining_lib, protocol
+from inference.server.http import (
+  door as door_lib,
+  draining as draining_lib,
+  protocol,
+)
 
 # Time in which the last events may reach clients; slower clients are cut off.
 _FLUSH_SECONDS = 2.0
 _TICK_SECONDS = 0.05
-_MOST_ACCEPTED = 32  # connections, in one turn of the event loop
-# Files other than connections: weights, the compilation cache, logs, threads.
-_OTHER_FILES = 128
+# Files other than connections: weights, the compilation cache, logs, threads;
+# and connections that come from the door and are not taken yet.
+_OTHER_FILES = 128 + 300
 
 
 class Listener(uvicorn.Server):
@@ -36,6 +41,7 @@ class Listener(uvicorn.Server):
     config: server_config.ServerConfig,
     *,
     end_requests: Callable[[], Awaitable[None]],
+    health: Callable[[], responses.Response] | None = None,
     draining: draining_lib.Draining | None = None,
     **options,
   ):
@@ -46,6 +52,8 @@ class Listener(uvicorn.Server):
       config: the limits.
       end_requests: ends all open requests with an error; called after the
         drain.
+      health: returns the answer to GET /health, for the process that accepts
+        connections and answers probes; None: the event loop does both.
       draining: draining state of the app; None: the port is closed at once.
       **options: options of `uvicorn.Config`, such as host and port.
     """
@@ -60,7 +68,9 @@ class Listener(uvicorn.Server):
     )
     self._drain_seconds, self._end_requests = config.drain_seconds, end_requests
     self._draining = draining
-    self._listening: list[socket.socket] = []
+    self._health = health
+    self._door: door_lib.Door | None = None
+    self.port = 0  # that it listens on, once it has started
     self._opening: set[asyncio.Task] = set()  # else nothing refers to them
 
   async def serve(self, sockets=None) -> None:
@@ -70,19 +80,24 @@ class Listener(uvicorn.Server):
       self._captured_signals.clear()  # uvicorn would raise them again
 
   async def startup(self, sockets=None) -> None:
-    """Listens, and accepts several connections per turn of the event loop.
-
-    uvloop accepts one. Behind a hundred clients that come and go, a probe would
-    wait for a hundred turns.
-    """
+    """Listens; connections come by the door."""
     await super().startup(sockets)
+    listening = []
     for server in self.servers:
-      for each in server.sockets:
-        listening = socket.socket(fileno=os.dup(each.fileno()))
-        self._listening.append(listening)
-        asyncio.get_running_loop().add_reader(
-          listening, self._accept, listening
-        )
+      listening += [
+        socket.socket(fileno=os.dup(each.fileno())) for each in server.sockets
+      ]
+      server.close()  # the door accepts
+    self.servers = []
+    self._door = door_lib.Door(listening, adopt=self._adopt)
+    self._door.start(has_keeper=self._health is not None)
+    self.port = listening[0].getsockname()[1]
+
+  async def on_tick(self, counter: int) -> bool:
+    """Tells the door that the event loop turns."""
+    is_over = await super().on_tick(counter)
+    self._tell()
+    return is_over
 
   async def shutdown(self, sockets=None) -> None:
     """Finishes open requests, or ends them; stops listening."""
@@ -92,27 +107,26 @@ class Listener(uvicorn.Server):
       self._draining.is_on = True
       while self._draining.num_open and not self._is_over(deadline):
         await asyncio.sleep(_TICK_SECONDS)
-    for listening in self._listening:
-      asyncio.get_running_loop().remove_reader(listening)
-      listening.close()
+        self._tell()
+    if self._door:
+      await self._door.close()
     ending = asyncio.create_task(self._end_in_time(deadline))
     await super().shutdown(sockets)
     ending.cancel()
     with contextlib.suppress(asyncio.CancelledError):
       await ending
 
-  def _accept(self, listening: socket.socket) -> None:
+  def _tell(self) -> None:
+    if self._door and self._health:
+      self._door.tell(self._health(), self.server_state.default_headers)
+
+  def _adopt(self, connection: socket.socket) -> None:
     loop = asyncio.get_running_loop()
-    for _ in range(_MOST_ACCEPTED):
-      try:
-        connection, _ = listening.accept()
-      except OSError:
-        return  # none is left, or it has gone, or no file is free
-      opening = loop.create_task(
-        loop.connect_accepted_socket(self._protocol, connection)
-      )
-      self._opening.add(opening)
-      opening.add_done_callback(self._opening.discard)
+    opening = loop.create_task(
+      loop.connect_accepted_socket(self._protocol, connection)
+    )
+    self._opening.add(opening)
+    opening.add_done_callback(self._opening.discard)
 
   def _protocol(self) -> asyncio.Protocol:
     make: Any = self.config.http_protocol_class

@@ -21,33 +21,25 @@ _BEST_FIRST = (
 )
 
 
+def health(service: service_lib.Service) -> responses.Response:
+  """Returns the answer to GET /health."""
+  now = _state(service)
+  return _told(now, is_good=now != engine_loop_lib.FAILED)
+
+
 def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
   """Adds the routes."""
 
-  def state() -> str:
-    """Returns the worst state of any name."""
-    states = service.versions.states().values()
-    return max(
-      (min(each, key=_BEST_FIRST.index) for each in states),
-      key=_BEST_FIRST.index,
-      default=engine_loop_lib.STOPPED,
-    )
-
-  def tell(state: str, *, is_good: bool) -> responses.Response:
-    # Probes need no key (`api_keys.OPEN_PATHS`), so they learn only the state.
-    status = {'status': 'ok' if is_good else state}
-    return responses.JSONResponse(status, 200 if is_good else 503)
-
   @app.get('/health')
-  async def health():
-    now = state()
-    return tell(now, is_good=now != engine_loop_lib.FAILED)
+  async def get_health():
+    # Few probes get here: `http.doorkeeper` answers most.
+    return health(service)
 
   @app.get('/ready')
   async def ready():
     is_stopping = service.draining.is_on
-    now = engine_loop_lib.STOPPED if is_stopping else state()
-    return tell(now, is_good=now == engine_loop_lib.READY)
+    now = engine_loop_lib.STOPPED if is_stopping else _state(service)
+    return _told(now, is_good=now == engine_loop_lib.READY)
 
   @app.get('/metrics')
   async def metrics():
@@ -63,3 +55,19 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
   def version():  # in a thread: it asks git, and the device for its kind
     loops = service.versions.engine_loops()
     return about.version(loops[0].device() if loops else None)
+
+
+def _state(service: service_lib.Service) -> str:
+  """Returns the worst state of any name."""
+  states = service.versions.states().values()
+  return max(
+    (min(each, key=_BEST_FIRST.index) for each in states),
+    key=_BEST_FIRST.index,
+    default=engine_loop_lib.STOPPED,
+  )
+
+
+def _told(state: str, *, is_good: bool) -> responses.Response:
+  # Probes need no key (`api_keys.OPEN_PATHS`), so they learn only the state.
+  status = {'status': 'ok' if is_good else state}
+  return responses.JSONResponse(status, 200 if is_good else 503)

@@ -53,7 +53,15 @@ class Served:
 
 
 @contextlib.contextmanager
-def running(generator: Any, keys=None, *, records=None, app=None, **limits):
+def running(
+  generator: Any,
+  keys=None,
+  *,
+  records=None,
+  app=None,
+  has_door=False,
+  **limits,
+):
   """Serves on a free loopback port; yields a `Served` that is ready.
 
   Args:
@@ -61,6 +69,7 @@ def running(generator: Any, keys=None, *, records=None, app=None, **limits):
     keys: of the clients, besides those of the records.
     records: of the server; None: in memory.
     app: further arguments of `create_app`.
+    has_door: whether a process answers probes, as that of serve.py.
     **limits: of the config.
   """
   engine_loop = engine_loop_lib.EngineLoop(lambda: generator)
@@ -70,7 +79,7 @@ def running(generator: Any, keys=None, *, records=None, app=None, **limits):
   app = app_lib.create_app(
     [model], keys, config, records=records, **(app or {})
   )
-  with running_app(app, config) as url:
+  with running_app(app, config, has_door=has_door) as url:
     until(lambda: engine_loop.state == engine_loop_lib.READY)
     yield Served(url, engine_loop, app)
 
@@ -88,12 +97,13 @@ def with_admin() -> tuple[database.Database, dict[str, str]]:
 
 
 @contextlib.contextmanager
-def running_app(app, config=server_config.ServerConfig()):
+def running_app(app, config=server_config.ServerConfig(), *, has_door=False):
   """Serves an app on a free loopback port; yields the base URL."""
   server = listener.Listener(
     app,
     config,
     end_requests=app.state.end_requests,
+    health=app.state.health if has_door else None,
     draining=app.state.draining,
     host='127.0.0.1',
     port=0,
@@ -103,9 +113,8 @@ def running_app(app, config=server_config.ServerConfig()):
   thread = threading.Thread(target=server.run)
   thread.start()
   try:
-    until(lambda: server.started)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f'http://127.0.0.1:{port}'
+    until(lambda: server.port)
+    yield f'http://127.0.0.1:{server.port}'
   finally:
     server.should_exit = True
     thread.join(timeout=60)
