@@ -3,15 +3,16 @@
     python -m studies.test_time_scaling --workdir=runs/think --seeds=5 \
       --figure=runs/think.svg
 
-Trains `experiments/test_time_scaling.py` in two sizes, for each seed, and draws
---samples_per_question answers of each model to the same held-out additions of
-two to six digits. Every strategy of `studies/think/strategies.py` is then
-evaluated from these pools, without bias. Printed are the accuracies of a level,
-the accuracy at equal FLOPs, and the compute-optimal choice per level, of levels
-that share a budget, against best of n: both chosen on half of the questions and
-measured on the other half. Intervals are 95 %, by the bootstrap over questions
-and seeds. Runs and pools are kept below --workdir: the same command resumes.
-report.html there has figures and tables.
+Trains `experiments/test_time_scaling.py` in two sizes, for each seed, until
+half of the answers are right (`studies/think/graded.py`). Each model gives
+--samples_per_question answers to the same held-out additions of two to six
+digits. Every strategy of `studies/think/strategies.py` is then evaluated from
+these pools, without bias. Printed are the accuracies of a level, the accuracy
+at equal FLOPs, and the compute-optimal choice per level, of levels that share a
+budget, against best of n: both chosen on half of the questions and measured on
+the other half. Intervals are 95 %, by the bootstrap over questions and seeds.
+Runs and pools are kept below --workdir: the same command resumes. report.html
+there has figures and tables.
 
     python -m studies.test_time_scaling --model=DIR --questions=gsm8k.jsonl \
       --workdir=runs/gsm8k --samples_per_question=64
@@ -37,6 +38,7 @@ from storage import atomic
 from studies.common import figure, quiet_run, study_flags
 from studies.think import (
   estimates,
+  graded,
   pool as pool_lib,
   real_model,
   strategies,
@@ -81,7 +83,7 @@ def pool_of(
     seed: of its training, and of its samples.
     num_per_level: questions.
     num_samples: of each question.
-    steps: of training; 0: those of the experiment.
+    steps: of training at most; 0: those of the experiment.
 
   Raises:
     SystemExit: a signal stopped the run.
@@ -92,11 +94,9 @@ def pool_of(
     return pool_lib.load(path)
   experiment = dataclasses.replace(experiments.get_config(size), seed=seed)
   experiment = quiet_run.shortened(experiment, steps)
-  run = workdir / f'{size}_{seed}'
-  if quiet_run.run(experiment, run).exit_code:
-    raise SystemExit('stopped by a signal; the same command resumes')
+  frozen = graded.train(experiment, workdir / f'{size}_{seed}')
   found = pool_lib.draw(
-    generate.load(run / 'frozen', pool_lib.ENGINE),
+    generate.load(frozen, pool_lib.ENGINE),
     problems_of(num_per_level),
     num_samples=num_samples,
     max_tokens=experiments.MAX_TOKENS,

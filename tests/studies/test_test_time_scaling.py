@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from experiments import test_time_scaling as experiments
+from frozen import format as format_lib
 from studies import test_time_scaling as study
-from studies.think import pool as pool_lib
+from studies.common import quiet_run
+from studies.think import graded, pool as pool_lib
 from tests.helpers import sample_pools
 
 
@@ -52,7 +55,8 @@ def test_a_pool_is_kept_and_a_damaged_one_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_is_trained_and_sampled(tmp_path):
+def test_a_model_is_trained_and_sampled(tmp_path, monkeypatch):
+  monkeypatch.setattr(graded, '_NUM_PER_LEVEL', 1)
   pool = study.pool_of(
     tmp_path, 'small', 0, num_per_level=4, num_samples=4, steps=2
   )
@@ -63,3 +67,26 @@ def test_a_model_is_trained_and_sampled(tmp_path):
   assert pool.answer_flops_QN.sum() > 0
   (path,) = tmp_path.glob('*.npz')
   assert np.array_equal(pool_lib.load(path).tokens_QN, pool.tokens_QN)
+
+
+@pytest.mark.slow
+def test_training_ends_at_the_first_look_that_is_good_enough(tmp_path):
+  experiment = quiet_run.shortened(experiments.get_config('small'), 3)
+  seen = []
+
+  def look(frozen):
+    seen.append(format_lib.open_directory(frozen).manifest.step)
+    return seen[-1] / 4
+
+  how = {'every': 1, 'look': look}
+  for target, expected in ((0.2, [1]), (0.5, [1, 2]), (0.9, [1, 2, 3])):
+    frozen = graded.train(experiment, tmp_path, target=target, **how)
+    assert format_lib.open_directory(frozen).manifest.step == expected[-1]
+    # Resumed, it does not look again.
+    assert seen == expected
+
+
+def test_the_questions_of_a_look_are_none_of_the_test():
+  asked = {each.question for each in graded.questions()}
+  assert len(asked) > 80
+  assert not asked & {each.question for each in study.problems_of(20)}
