@@ -132,9 +132,12 @@ def run(
 
 
 def _with_devices(running: Sequence[subprocess.Popen]) -> list[int]:
-  """Returns the processes that the started ones keep."""
+  """Returns the processes that the started ones keep, without doorkeepers."""
   return [
-    child for each in running for child in server_process.children(each.pid)
+    child
+    for each in running
+    for child in server_process.children(each.pid)
+    if b'doorkeeper' not in pathlib.Path(f'/proc/{child}/cmdline').read_bytes()
   ]
 
 
