@@ -1,6 +1,6 @@
 """The doorkeeper: a process that accepts connections, and answers /health.
 
-    python -m inference.server.http.doorkeeper FD LISTENING...
+    python -I inference/server/http/doorkeeper.py FD LISTENING...
 
 The server starts it, see `door`, and holds the other end of the socket FD. The
 server sends the answer to GET /health on it, several times per second; a
