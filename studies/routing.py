@@ -14,8 +14,9 @@ by one. Then the same under shift: a predictor of the shorter half of the
 lengths meets longer sums.
 
 Written below --workdir: outcomes.jsonl and effort.json, the table and the
-predictor of `python -m training.effort`, and routing.html. There is no
-effort.json with --chosen_by=steps: a server has no program that checks steps.
+predictor of `python -m training.effort`, and routing.html. A server that takes
+this predictor (--server.effort_predictor) does what was measured; the efforts
+of --chosen_by=steps need --server.verifiers=column_sum there.
 """
 
 from collections.abc import Sequence
@@ -349,8 +350,6 @@ def main(argv: list[str]) -> None:
         figure_path=study_flags.FIGURE.value,
       )
     )
-    if _CHOSEN_BY.value != routing.MAJORITY:
-      return  # a server could not do what was measured
     predictor = freeze(
       outcomes.read(workdir / 'outcomes.jsonl'),
       workdir / f'{size}_0' / 'frozen',

@@ -216,6 +216,7 @@ def test_every_recipe_is_there():
     'A format of tool calls',
     'A family of open weights',
     'An evaluation',
+    'A verifier',
     'A data source',
     'A shape of records',
     'A route',

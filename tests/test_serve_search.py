@@ -46,6 +46,7 @@ def _ask(model, *flags, prompt='abcd:'):
       ],
       '2 samples, ended by done',
     ),
+    (['--strategy=best_of_n:2:column_sum'], '2 samples, ended by done'),
     (['--strategy=self_consistency:8', '--budget=tokens:9'], 'ended by budget'),
   ],
 )
@@ -106,6 +107,17 @@ def test_auto_takes_the_effort_that_is_predicted(
     (
       ['--strategy=best_of_n:2', '--scorer=self', '--reward_model=x'],
       'expected one of them',
+    ),
+    (['--strategy=once:self'], 'expected once alone'),
+    (['--strategy=best_of_n:2:x'], "with the scorer 'x', expected one of like"),
+    (['--strategy=best_of_n:2:number'], 'None with the scorer number, expec'),
+    (
+      ['--strategy=best_of_n:2:column_sum', '--record={"answer": "1"}'],
+      'and none without',
+    ),
+    (
+      ['--strategy=best_of_n:2:column_sum', '--scorer=self'],
+      '--scorer: got it and the strategy with the scorer column_sum',
     ),
     (['--strategy=auto'], '--effort_predictor=None, expected auto and'),
     (['--strategy=once', '--effort_predictor=x'], 'expected auto and'),

@@ -6,7 +6,13 @@ Programs import the verifier that they want, with their own settings.
 from collections.abc import Mapping
 
 from checks import expect
-from evals.verifiers import json_schema, texts, unit_tests, verifier
+from evals.verifiers import (
+  column_sum,
+  json_schema,
+  texts,
+  unit_tests,
+  verifier,
+)
 
 KINDS: Mapping[str, verifier.Verifier] = {
   'number': texts.Number(),  # answer
@@ -15,6 +21,7 @@ KINDS: Mapping[str, verifier.Verifier] = {
   'pattern': texts.Pattern(),  # pattern
   'json_schema': json_schema.JsonSchema(),  # schema
   'unit_tests': unit_tests.UnitTests(),  # tests, entry_point; cases
+  'column_sum': column_sum.ColumnSum(),  # no field: it checks steps
 }
 # The fields of a record that they read.
 FIELDS = (

@@ -36,6 +36,9 @@ class Score(NamedTuple):
 class Verifier(abc.ABC):
   """A rule that scores answers. Subclasses are frozen dataclasses."""
 
+  # Whether a record says what is right; False: the answer alone is read.
+  NEEDS_RECORD = True
+
   @abc.abstractmethod
   def check(self, record: Record) -> None:
     """Raises ValueError for a record that this verifier cannot use."""

@@ -1,6 +1,10 @@
 """Strategies by the names of users: --strategy of serve.py, and the server's.
 
     parsed('self_consistency:16')
+    parsed('best_of_n:4:column_sum')
+
+The third part names the scorer: likelihood, self, or a verifier of
+`evals/verifiers/kinds.py`; at a server, also a reward model.
 
 Imports nothing heavy: serve.py makes flags of `Options`.
 """
@@ -24,19 +28,23 @@ NAMES = {
   'wait': 'ends of the reasoning that are taken back',
 }
 MOST = 256  # samples of one question
+# Scorers that the model itself is.
+LIKELIHOOD, SELF = OF_MODEL = 'likelihood', 'self'
 _WIDTH = 4  # continuations of a beam, as in Snell et al. 2024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-  """The name of a strategy, and its number.
+  """The name of a strategy, its number, and its scorer.
 
   Raises:
-    ValueError: there is no such strategy, or the number is out of range.
+    ValueError: there is no such strategy, the number is out of range, or the
+      strategy cannot use the scorer.
   """
 
   name: str
   n: int = 1
+  scorer: str = ''  # '': the default of the strategy
 
   def __post_init__(self):
     expect.one_of('strategy', self.name, NAMES)
@@ -49,6 +57,16 @@ class Spec:
     if self.name in ('beam', 'dvts') and self.n % _WIDTH:
       raise ValueError(
         f'strategy: got {self.name} with {self.n}, expected {meaning}'
+      )
+    if self.scorer and not self.is_scored:
+      raise ValueError(
+        f'strategy: got {self.name} with the scorer'
+        f' {expect.shown(self.scorer)}, expected none: it scores nothing'
+      )
+    if self.name == 'self_consistency' and self.scorer == LIKELIHOOD:
+      raise ValueError(
+        f'strategy: got {self.name} with the scorer {LIKELIHOOD}, expected'
+        ' weights from 0 to 1: self, a reward model or a verifier'
       )
 
   @property
@@ -103,11 +121,11 @@ class Options:
 
   strategy: str | None = flag_field.field(
     None,
-    'How to spend more on the completion, NAME:NUMBER: '
+    'How to spend more on the completion, NAME:NUMBER or NAME:NUMBER:SCORER: '
     + ', '.join(f'{n}{f":N ({m})" if m else ""}' for n, m in NAMES.items())
     + '. best_of_n, beam and dvts keep the largest --reward_model, else the'
-    ' largest mean log-probability. auto: what --effort_predictor expects to be'
-    ' right. If not given, one sample.',
+    ' largest mean log-probability; SCORER is a name of --scorer. auto: what'
+    ' --effort_predictor expects to be right. If not given, one sample.',
   )
   budget: str | None = flag_field.field(
     None,
@@ -128,9 +146,10 @@ class Options:
   scorer: str | None = flag_field.field(
     None,
     'Scorer of the samples of --strategy: likelihood, self (the model is asked'
-    ' whether its answer is right), or a verifier with --record: number, exact,'
-    ' choice, pattern, json_schema, unit_tests (in a sandbox). It weighs the'
-    ' votes of self_consistency.',
+    ' whether its answer is right), a verifier with --record: number, exact,'
+    ' choice, pattern, json_schema, unit_tests (in a sandbox), or column_sum,'
+    ' which checks the steps of a sum and needs no record. It weighs the votes'
+    ' of self_consistency.',
   )
   record: str | None = flag_field.field(
     None,
@@ -147,17 +166,22 @@ def parsed(text: str) -> Spec:
   """Returns the strategy of a text such as 'best_of_n:8'.
 
   Raises:
-    ValueError: there is no such strategy, or its number is wrong.
+    ValueError: there is no such strategy, its number is wrong, or it cannot
+      use the scorer.
   """
-  name, is_split, number = text.partition(':')
+  name, *rest = text.split(':')
   expect.one_of('strategy', name, NAMES)
   meaning = NAMES[name]
-  if bool(is_split) != (meaning is not None) or (
-    is_split and not (number.isascii() and number.isdigit())
-  ):
-    expected = f'{name}:NUMBER ({meaning})' if meaning else f'{name} alone'
+  if meaning is None and not rest:
+    return Spec(name=name)
+  number, scorer = (*rest, '', '')[:2]
+  is_number = number.isascii() and number.isdigit()
+  if meaning is None or not is_number or len(rest) > 2 or rest[1:] == ['']:
+    expected = f'{name} alone'
+    if meaning:
+      expected = f'{name}:NUMBER ({meaning}), with :SCORER behind it or not'
     raise ValueError(f'strategy: got {expect.shown(text)}, expected {expected}')
-  return Spec(name=name, n=int(number) if is_split else 1)
+  return Spec(name=name, n=int(number), scorer=scorer)
 
 
 def made(

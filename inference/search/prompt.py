@@ -69,46 +69,67 @@ def check(
     specs = [efforts_lib.parsed(name).spec for name in predictor.efforts]
   else:
     specs = [options_lib.parsed(options.strategy or 'once')]
-  _check_scorer(options, specs)
+  _check_given(options, specs)
+  specs = [_scored(options, spec) for spec in specs]
+  _check_scorers(options, specs)
   return specs
 
 
-def _check_scorer(
+def _check_given(
   options: options_lib.Options, specs: Sequence[options_lib.Spec]
 ) -> None:
-  """Refuses a scorer that would be ignored, and a record alike."""
-  given = [
-    f'--{name}'
-    for name in ('reward_model', 'scorer')
-    if getattr(options, name) is not None
-  ]
-  if len(given) > 1:
-    raise ValueError(f'{given[1]}: got it and {given[0]}, expected one of them')
-  if given and not any(each.is_scored for each in specs):
+  """Refuses a scorer that would be ignored, or that another one replaces."""
+  names = 'reward_model', 'scorer'
+  flags = [f'--{x}' for x in names if getattr(options, x) is not None]
+  own = sorted({spec.scorer for spec in specs if spec.scorer})
+  given = [*(f'the strategy with the scorer {x}' for x in own[:1]), *flags]
+  if flags and len(given) > 1:
     raise ValueError(
-      f'{given[0]}: got one with the strategy {options.strategy}, which'
+      f'{given[-1]}: got it and {given[0]}, expected one of them'
+    )
+  if flags and not any(each.is_scored for each in specs):
+    raise ValueError(
+      f'{flags[0]}: got one with the strategy {options.strategy}, which'
       ' scores nothing; leave it out'
     )
   if options.scorer is not None:
-    expect.one_of('--scorer', options.scorer, (*scorers.OF_MODEL, *kinds.KINDS))
-    _check_votes(options.scorer, specs)
-  is_verifier = options.scorer in kinds.KINDS
-  if is_verifier != (options.record is not None):
-    raise ValueError(
-      f'--record: got {options.record} with --scorer={options.scorer}, expected'
-      ' a record with a verifier, and none without'
-    )
-  if is_verifier:
-    kinds.named(options.scorer or '').check(_record(options))
+    known = *options_lib.OF_MODEL, *kinds.KINDS
+    expect.one_of('--scorer', options.scorer, known)
 
 
-def _check_votes(scorer: str, specs: Sequence[options_lib.Spec]) -> None:
-  is_vote = any(each.name == 'self_consistency' for each in specs)
-  if is_vote and scorer == scorers.LIKELIHOOD:
+def _scored(
+  options: options_lib.Options, spec: options_lib.Spec
+) -> options_lib.Spec:
+  """Returns a strategy with the scorer of --scorer, if it scores."""
+  if not options.scorer or not spec.is_scored:
+    return spec
+  return dataclasses.replace(spec, scorer=options.scorer)
+
+
+def _check_scorers(
+  options: options_lib.Options, specs: Sequence[options_lib.Spec]
+) -> None:
+  """Refuses unknown scorers of strategies, and records that do not suit."""
+  known = '', *options_lib.OF_MODEL, *kinds.KINDS
+  for spec in specs:
+    if spec.scorer not in known:
+      raise ValueError(
+        f'strategy: got {spec.name} with the scorer'
+        f' {expect.shown(spec.scorer)}, expected one of {", ".join(known[1:])}'
+      )
+  verifiers = [
+    kinds.named(spec.scorer) for spec in specs if spec.scorer in kinds.KINDS
+  ]
+  reading = [each for each in verifiers if each.NEEDS_RECORD]
+  if bool(reading) != (options.record is not None):
+    names = sorted({spec.scorer for spec in specs if spec.scorer})
     raise ValueError(
-      '--scorer: got likelihood with self_consistency, expected weights from 0'
-      ' to 1: self, or a verifier'
+      f'--record: got {options.record} with the scorer'
+      f' {", ".join(names) or None}, expected a record with a verifier that'
+      ' reads one, and none without'
     )
+  for each in reading:
+    each.check(_record(options))
 
 
 def _record(options: options_lib.Options) -> dict[str, Any]:
@@ -144,7 +165,8 @@ def search(
     for each in (spec, *others):
       each.check_temperature(settings.temperature)
     chosen = _chosen(generator, ids, options.effort_predictor, budget)
-    spec, most = chosen.effort.spec, chosen.effort.most_reasoning
+    spec = _scored(options, chosen.effort.spec)
+    most = chosen.effort.most_reasoning
   spec.check_temperature(settings.temperature)
   spec.check_whole(
     has_constraint=settings.constraint is not None, has_cap=most is not None
@@ -210,7 +232,7 @@ def _scorer(
   options: options_lib.Options,
   spec: options_lib.Spec,
 ) -> samples_lib.Scorer | None:
-  """Returns the scorer of the flags; None: the default of the strategy."""
+  """Returns the scorer of a strategy; None: its default."""
   is_vote = spec.name == 'self_consistency'
   if directory := options.reward_model:
     manifest = manifest_lib.read(pathlib.Path(directory))
@@ -218,11 +240,13 @@ def _scorer(
     score = rewards.open_scorer(directory)
     link = judging.sigmoid if is_vote else float
     return scorers.Rewarded(score, budget_lib.Costs(config), link)
-  if options.scorer == scorers.SELF:
+  if spec.scorer == options_lib.SELF:
     costs = budget_lib.of_engine(generator.engine, generator.adapter_digest)
     return judging.self_verified(generator, costs=costs)
-  if options.scorer and options.scorer in kinds.KINDS:
-    return scorers.Verified(kinds.named(options.scorer))
+  if spec.scorer == options_lib.LIKELIHOOD:
+    return scorers.MeanLogprob()
+  if spec.scorer:
+    return scorers.Verified(kinds.named(spec.scorer))
   return None
 
 

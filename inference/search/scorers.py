@@ -7,9 +7,6 @@ from evals import judges
 from evals.verifiers import verifier as verifier_lib
 from inference.search import budget as budget_lib, samples as samples_lib
 
-# Names of the scorers that the model itself is.
-LIKELIHOOD, SELF = OF_MODEL = 'likelihood', 'self'
-
 
 @dataclasses.dataclass(frozen=True)
 class _Free:

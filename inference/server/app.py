@@ -92,6 +92,7 @@ from inference.server.routes import (
   responses as responses_routes,
   tokenizer,
 )
+from inference.server.search import scoring
 from inference.server.versions import audit, registry
 
 _LOG = logging.getLogger('uvicorn.error')
@@ -148,7 +149,12 @@ def create_app(
     routers: choose for the effort auto, by the digest of a version.
     scorers: reward models of strategies, by name.
     on_end: called once all engine loops are closed.
+
+  Raises:
+    ValueError: an effort of a router needs a scorer that is not here.
   """
+  routers, scorers = routers or {}, scorers or {}
+  scoring.check_efforts(routers.values(), scorers, config.verifier_names)
   records = records or database.Database(None, tables=TABLES)
   keyring = keys
   if not isinstance(keyring, keys_lib.Keyring):
@@ -170,8 +176,8 @@ def create_app(
     admission=admission,
     loader=loader,
     draining=draining,
-    routers=routers or {},
-    scorers=scorers or {},
+    routers=routers,
+    scorers=scorers,
     verifiers=config.verifier_names,
     metrics=[auditor.metrics.registry],
   )

@@ -76,7 +76,8 @@ class ServerConfig:
     '',
     'Verifiers that strategies of requests may name as their scorers, with'
     ' commas between several: number, exact, choice, pattern, json_schema,'
-    ' unit_tests, which runs code of answers and of clients in a sandbox.',
+    ' unit_tests, which runs code of answers and of clients in a sandbox, and'
+    ' column_sum, which checks the steps of a sum.',
   )
   effort_flops: float = flag_field.field(
     0.0,

@@ -13,12 +13,12 @@ import dataclasses
 import io
 import os
 import pathlib
-import re
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
 from evals import ports
+from evals.verifiers import column_sum
 from inference import generate, model_port
 from inference.engine import engine_config
 from inference.search import budget
@@ -33,8 +33,9 @@ ENGINE = engine_config.EngineConfig(
 _TOGETHER = 20  # questions of one call
 # Scores of a sample: exp of the mean log-probability of its tokens, exp of that
 # of the least likely token, and the share of its lines that are right sums.
-SCORES = 'likelihood', 'weakest token', 'steps'
-_STEP = re.compile(r'(\d)\+(\d)\+(\d)=(\d+)')
+STEPS = 'steps'
+SCORES = 'likelihood', 'weakest token', STEPS
+_STEPS = column_sum.ColumnSum()
 
 
 class Asked(Protocol):
@@ -121,6 +122,13 @@ def load(path: str | os.PathLike) -> Pool:
 
 
 def draw(
+  generator: generate.Generator, problems: Sequence[Asked], **how: Any
+) -> Pool:
+  """Returns the samples of a model; see `draw_with_texts`."""
+  return draw_with_texts(generator, problems, **how)[0]
+
+
+def draw_with_texts(
   generator: generate.Generator,
   problems: Sequence[Asked],
   *,
@@ -129,8 +137,8 @@ def draw(
   temperature: float = 1.0,
   seed: int = 0,
   read: Read | None = None,
-) -> Pool:
-  """Returns the samples of a model.
+) -> tuple[Pool, list[list[str]]]:
+  """Returns the samples of a model, and their texts by question.
 
   Args:
     generator: of the model.
@@ -162,7 +170,8 @@ def draw(
     features.of_prompts(generator.engine, prompts, pooling=pooling)
     for pooling in ('last', 'mean')
   )
-  return dataclasses.replace(pool, last_QF=last_QF, mean_QF=mean_QF)
+  pool = dataclasses.replace(pool, last_QF=last_QF, mean_QF=mean_QF)
+  return pool, [[each.text for each in row] for row in drawn]
 
 
 def of_completions(
@@ -230,7 +239,8 @@ def _row(problem: Asked, completion: ports.Completion, read: Read) -> _Row:
   logprobs = completion.logprobs
   assert logprobs is not None
   likelihoods = [float(np.exp(x)) for x in (logprobs.mean(), logprobs.min())]
-  return _Row(value, is_right, (*likelihoods, steps_score(completion.text)))
+  steps = _STEPS(completion.text, {}).value
+  return _Row(value, is_right, (*likelihoods, steps))
 
 
 def _codes(values: Sequence[Hashable]) -> list[int]:
@@ -240,25 +250,3 @@ def _codes(values: Sequence[Hashable]) -> list[int]:
     -1 if value is None else found.setdefault(value, len(found))
     for value in values
   ]
-
-
-def steps_score(text: str) -> float:
-  """Returns the share of the lines of a sum that follow from each other.
-
-  A program as a verifier of steps, which does not know the question: a line
-  a+b+c=d must be a right sum, its carry c that of the line before, and the last
-  line the number that the columns spell. Copied digits may still be wrong.
-  """
-  *lines, last = text.strip().splitlines() or ['']
-  num_right, carry, total = 0, 0, 0
-  for place, line in enumerate(lines):
-    match = _STEP.fullmatch(line.strip())
-    if match is None:
-      continue
-    first, second, third, result = map(int, match.groups())
-    num_right += first + second + third == result and third == carry
-    carry = result // 10
-    total += result % 10 * 10**place
-  total += carry * 10 ** len(lines)
-  num_right += last.strip() == f'{answers.MARK} {total}'
-  return num_right / (len(lines) + 1)

@@ -27,11 +27,15 @@ from studies.think import estimates, pool as pool_lib
 from training.effort import fit as fit_lib, outcomes
 
 # Samples by name of the effort, for each choice. A server does what the name
-# says. It has no program that checks steps, so it refuses the names of those.
+# says; for the second choice it needs --server.verifiers=column_sum.
 MAJORITY, STEPS = 'majority', 'steps'
 EFFORTS = {
   MAJORITY: {'once': 1, 'self_consistency:4': 4, 'self_consistency:16': 16},
-  STEPS: {'once': 1, 'best of 4 by steps': 4, 'best of 16 by steps': 16},
+  STEPS: {
+    'once': 1,
+    'best_of_n:4:column_sum': 4,
+    'best_of_n:16:column_sum': 16,
+  },
 }
 NUM_FOLDS = 5
 

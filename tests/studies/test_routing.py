@@ -92,12 +92,12 @@ def test_an_effort_may_choose_by_steps():
   scores_CQN[pool_lib.SCORES.index(routing.STEPS)] = pool.is_right_QN
   perfect = dataclasses.replace(pool, scores_CQN=scores_CQN)
   table = routing.outcomes_of(perfect, chosen_by=routing.STEPS)
-  # A server must not take them for efforts of its own.
-  for name in table.efforts[1:]:
-    with pytest.raises(ValueError, match='effort: got'):
-      efforts.parsed(name)
-  for name in routing.EFFORTS[routing.MAJORITY]:
-    efforts.parsed(name)
+  # A server does what the names say.
+  for name, num in routing.EFFORTS[routing.STEPS].items():
+    spec = efforts.parsed(name).spec
+    assert (spec.n, spec.scorer) == (num, 'column_sum' if num > 1 else '')
+  for name, num in routing.EFFORTS[routing.MAJORITY].items():
+    assert efforts.parsed(name).spec.n == num
   # Steps that know the right answer find it if one of the samples has it.
   num, wrong_Q = pool.is_right_QN.shape[1], (~pool.is_right_QN).sum(axis=1)
   for effort, k in enumerate((1, 4, 16)):

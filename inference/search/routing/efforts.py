@@ -2,6 +2,7 @@
 
     parsed('self_consistency:16')
     parsed('reasoning:512')
+    parsed('best_of_n:4:column_sum')
     parsed('best_of_n:4+reasoning:128')
 
 An effort is a strategy, most tokens of reasoning, or both. The name in the
@@ -54,7 +55,8 @@ def parsed(name: str) -> Effort:
 
 def _refused(name: str) -> ValueError:
   return ValueError(
-    f'effort: got {expect.shown(name)}, expected a strategy such as once or'
-    ' self_consistency:4, reasoning:TOKENS, or both with + between; name the'
-    ' efforts of the outcomes so, and fit the predictor again'
+    f'effort: got {expect.shown(name)}, expected a strategy such as once,'
+    ' self_consistency:4 or best_of_n:4:SCORER, reasoning:TOKENS, or both with'
+    ' + between; name the efforts of the outcomes so, and fit the predictor'
+    ' again'
   )

@@ -79,6 +79,11 @@ class Router:
       self.pace = policy_lib.Pace(policy=policy or none, budget=budget)
     self._rng = np.random.default_rng(seed)
 
+  @property
+  def efforts(self) -> tuple[str, ...]:
+    """The names of the efforts among which it chooses."""
+    return tuple(self._predictor.efforts)
+
   @classmethod
   def open(
     cls,

@@ -65,8 +65,8 @@ class Strategy(schema.Body):
     default=None,
     description='What says how good a sample is: likelihood, self (the model is'
     ' asked whether its answer is right), a name of --server.scorers, or a'
-    ' verifier of --server.verifiers, with a record. It weighs the votes of'
-    ' self_consistency. null: likelihood; equal votes.',
+    ' verifier of --server.verifiers, with the record that it reads. It weighs'
+    ' the votes of self_consistency. null: likelihood; equal votes.',
   )
   record: dict[str, Any] | None = pydantic.Field(
     default=None,

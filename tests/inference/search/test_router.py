@@ -78,6 +78,12 @@ def test_an_effort_is_a_strategy_or_a_limit_of_reasoning_or_both():
   )
   assert efforts.parsed('reasoning:0').spec.name == 'once'
   assert efforts.parsed('once').most_reasoning is None
-  for name in ('low', 'reasoning:x', 'once+once', 'beam:3', 'wait:2', ''):
+  scored = efforts.parsed('beam:8:column_sum+reasoning:9').spec
+  assert (scored.name, scored.n, scored.scorer) == ('beam', 8, 'column_sum')
+  for name in (
+    'low', 'reasoning:x', 'once+once', 'beam:3', 'wait:2', '', 'once:self',
+    'best_of_n:4:', 'best_of_n:self', 'best_of_n:4:self:self',
+    'self_consistency:4:likelihood', 'wait:2:self+reasoning:9',
+  ):  # fmt: skip
     with pytest.raises(ValueError, match='effort: got'):
       efforts.parsed(name)

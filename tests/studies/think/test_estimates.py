@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evals.results import voting
-from studies.think import estimates, pool as pool_lib, strategies
+from studies.think import estimates, strategies
 from tests.helpers import sample_pools
 
 
@@ -162,14 +162,3 @@ def test_a_shared_budget_is_kept_and_nearly_all_of_it_is_worth_is_reached():
     shares.append(gains_LO[range(3), chosen_L].sum() / exact)
   assert len(shares) > 25
   assert np.mean(shares) > 0.97, np.mean(shares)
-
-
-def test_steps_are_scored_without_the_question():
-  right = '9+3+0=12\n4+7+1=12\n#### 122'
-  assert pool_lib.steps_score(right) == 1
-  assert pool_lib.steps_score(right.replace('+1=12', '+1=11')) < 1
-  forgotten = '9+3+0=12\n4+7+0=11\n#### 112'  # the carry
-  assert pool_lib.steps_score(forgotten) == pytest.approx(2 / 3)
-  # A digit that was copied wrongly is no wrong step.
-  assert pool_lib.steps_score('8+3+0=11\n4+7+1=12\n#### 121') == 1
-  assert pool_lib.steps_score('') == 0

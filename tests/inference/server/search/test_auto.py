@@ -10,8 +10,11 @@ from inference.engine import engine_config
 from inference.search.routing import router as router_lib
 from inference.server import app as app_lib, server_config, start
 from inference.server.records import database
+from inference.server.search import scoring
 from tests.helpers.serving import effort_predictors, servers
 
+# It keeps the answer whose steps a program finds right.
+_HIGH = 'best_of_n:4:column_sum'
 _SHORT = [{'role': 'user', 'content': 'hi'}]
 _LONG = [{'role': 'user', 'content': 'Tell me of a way there.'}]
 
@@ -26,7 +29,10 @@ def router(generator):
   digest = generator.frozen.manifest.weights_digest
   width = generator.engine.model_config.model_width
   return router_lib.Router(
-    effort_predictors.of_length(width, digest, least=30), budget=1e12
+    effort_predictors.of_length(
+      width, digest, least=30, efforts=('once', _HIGH)
+    ),
+    budget=1e12,
   )
 
 
@@ -35,7 +41,9 @@ def http(generator, records, router):
   digest = generator.frozen.manifest.weights_digest
   app = {'routers': {digest: router}}
   with (
-    servers.running(generator, records=records, app=app) as served,
+    servers.running(
+      generator, records=records, app=app, verifiers='column_sum'
+    ) as served,
     httpx2.Client(base_url=served.url, timeout=60) as http,
   ):
     yield http
@@ -53,7 +61,7 @@ def _sums(records) -> tuple[float, int, int]:
 
 @pytest.mark.parametrize(
   ('messages', 'effort', 'num_samples'),
-  [(_SHORT, 'once', 1), (_LONG, 'self_consistency:4', 4)],
+  [(_SHORT, 'once', 1), (_LONG, _HIGH, 4)],
 )
 def test_auto_does_what_is_predicted_and_the_bill_has_the_prefill(
   http, records, router, messages, effort, num_samples
@@ -70,6 +78,7 @@ def test_auto_does_what_is_predicted_and_the_bill_has_the_prefill(
   assert receipt['effort'] == effort
   assert receipt['probabilities'][effort] >= 0.5
   assert receipt['num_samples'] == num_samples
+  assert receipt['score_flops'] == 0  # a program scores
   flops, sampled, prompt = (
     now - (then or 0) for now, then in zip(_sums(records), before, strict=True)
   )
@@ -115,3 +124,37 @@ def test_a_predictor_of_other_weights_is_refused_at_the_start(
   )
   with pytest.raises(ValueError, match="effort: got 'low', expected a strat"):
     router_lib.Router(unknown)
+
+
+@pytest.mark.parametrize(
+  ('effort', 'words'),
+  [
+    (_HIGH, 'helpful, number; allow it: --server.verifiers=number,column_sum'),
+    ('best_of_n:4:number', 'whose verifier reads a record'),
+    ('best_of_n:4:kind', 'helpful, number; start the server with it'),
+    ('best_of_n:4:helpful', None),
+    ('self_consistency:4:self', None),
+    ('best_of_n:4:likelihood+reasoning:8', None),
+  ],
+)
+def test_efforts_have_scorers_that_a_server_has(effort, words):
+  predictor = effort_predictors.of_length(
+    64, 'digest', least=9, efforts=('once', effort)
+  )
+  router = router_lib.Router(predictor)
+  if words is None:
+    scoring.check_efforts([router], ['helpful'], ['number'])
+    return
+  with pytest.raises(ValueError, match='server.effort_predictor: got') as error:
+    scoring.check_efforts([router], ['helpful'], ['number'])
+  assert words in str(error.value)
+
+
+def test_a_server_is_not_started_with_an_effort_that_it_cannot_score(
+  generator, router
+):
+  with (
+    pytest.raises(ValueError, match=r'--server\.verifiers=column_sum$'),
+    servers.running(generator, app={'routers': {'any': router}}),
+  ):
+    pass

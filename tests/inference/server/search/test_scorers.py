@@ -74,7 +74,7 @@ def http(tmp_path_factory, records, reward_model):
       generator,
       records=records,
       app={'scorers': {'helpful': judge}},
-      verifiers='number,unit_tests',
+      verifiers='number,unit_tests,column_sum',
     ) as served,
     httpx2.Client(base_url=served.url, timeout=60) as http,
   ):
@@ -138,6 +138,13 @@ def test_a_budget_pays_for_scores(http):
   assert receipt['score_flops'] > 0
 
 
+def test_a_verifier_without_a_record_is_asked_for_none(http):
+  strategy = {'name': 'best_of_n', 'n': 2, 'scorer': 'column_sum'}
+  answer = http.post(_URL, json=_ASKED | {'strategy': strategy})
+  assert answer.status_code == 200, answer.text
+  assert answer.json()['usage']['receipt']['num_samples'] == 2
+
+
 def test_a_verifier_reads_its_record(http):
   strategy = {
     'name': 'best_of_n',
@@ -169,6 +176,7 @@ def test_a_verifier_reads_its_record(http):
       'answer',
     ),
     ({'record': {'answer': '1'}}, 'strategy.record', 'none without'),
+    ({'scorer': 'column_sum', 'record': {}}, 'strategy.record', 'got a record'),
     ({'name': 'once', 'n': None, 'scorer': 'self'}, 'strategy.scorer', 'once'),
     (
       {'name': 'self_consistency', 'scorer': 'likelihood'},
