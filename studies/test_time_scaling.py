@@ -52,18 +52,39 @@ REPORT, RESULTS = 'report.html', 'test_time_scaling.json'
 Pools = list[dict[str, pool_lib.Pool]]
 
 
-def problems_of(num_per_level: int) -> list[problem_lib.Problem]:
-  """Returns held-out questions, as many of each level."""
+def problems_of(
+  num_per_level: int, split: str = 'validation', seed: int = 0
+) -> list[problem_lib.Problem]:
+  """Returns questions of a split, as many of each level; else held-out ones."""
   return [
     made
     for level in sorted(experiments.LEVELS.values())
     for made in generator.make(
       generator.Settings(
-        count=num_per_level, families=('columns',), levels=(level,)
+        count=num_per_level, families=('columns',), levels=(level,), seed=seed
       ),
-      'validation',
+      split,
     )
   ]
+
+
+def trained(
+  workdir: pathlib.Path, size: str, seed: int, steps: int = 0
+) -> pathlib.Path:
+  """Trains a model, if it is missing; returns its frozen directory.
+
+  Args:
+    workdir: of all runs and pools.
+    size: of the model.
+    seed: of its training.
+    steps: of training at most; 0: those of the experiment.
+
+  Raises:
+    SystemExit: a signal stopped the run.
+  """
+  experiment = dataclasses.replace(experiments.get_config(size), seed=seed)
+  experiment = quiet_run.shortened(experiment, steps)
+  return graded.train(experiment, workdir / f'{size}_{seed}')
 
 
 def pool_of(
@@ -92,11 +113,9 @@ def pool_of(
   path = workdir / f'{size}_{seed}_{num_per_level}x{num_samples}.npz'
   if path.exists():
     return pool_lib.load(path)
-  experiment = dataclasses.replace(experiments.get_config(size), seed=seed)
-  experiment = quiet_run.shortened(experiment, steps)
-  frozen = graded.train(experiment, workdir / f'{size}_{seed}')
+  directory = trained(workdir, size, seed, steps)
   found = pool_lib.draw(
-    generate.load(frozen, pool_lib.ENGINE),
+    generate.load(directory, pool_lib.ENGINE),
     problems_of(num_per_level),
     num_samples=num_samples,
     max_tokens=experiments.MAX_TOKENS,
@@ -396,18 +415,10 @@ def report(pools: Pools, workdir: pathlib.Path, figure_path: str = '') -> str:
 
 def main(argv: list[str]) -> None:
   """Trains and samples what is missing; prints the tables."""
-  workdir, values = study_flags.begin(argv), flags.FLAGS
+  workdir = study_flags.begin(argv)
   pools: Pools = []
   try:
-    if values.model or values.questions:
-      asked = real_model.Settings(
-        model=values.model,
-        questions=values.questions,
-        num_questions=values.num_questions,
-        num_samples=study_flags.SAMPLES_PER_QUESTION.value,
-        max_tokens=values.max_answer_tokens,
-        temperature=values.temperature,
-      )
+    if asked := asked_of_flags():
       print(real_model.report(asked, workdir, study_flags.FIGURE.value))
       return
     for seed in range(study_flags.SEEDS.value or NUM_SEEDS):
@@ -428,7 +439,27 @@ def main(argv: list[str]) -> None:
     raise SystemExit(f'error: {error}') from None
 
 
-def _define_flags() -> None:
+def asked_of_flags() -> real_model.Settings | None:
+  """Returns what --model is asked; None: there is no such flag.
+
+  Raises:
+    ValueError: --questions is missing, or --model.
+  """
+  values = flags.FLAGS
+  if not values.model and not values.questions:
+    return None
+  return real_model.Settings(
+    model=values.model,
+    questions=values.questions,
+    num_questions=values.num_questions,
+    num_samples=study_flags.SAMPLES_PER_QUESTION.value,
+    max_tokens=values.max_answer_tokens,
+    temperature=values.temperature,
+  )
+
+
+def define_flags() -> None:
+  """Defines the flags of a model that is there."""
   path_flags.DEFINE_path(
     'model',
     '',
@@ -452,5 +483,5 @@ def _define_flags() -> None:
 
 
 if __name__ == '__main__':
-  _define_flags()
+  define_flags()
   app.run(main)

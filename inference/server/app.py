@@ -181,10 +181,7 @@ def create_app(
     verifiers=config.verifier_names,
     metrics=[auditor.metrics.registry],
   )
-
-  for judge in service.scorers.values():
-    judge.admission = admission
-    ledger.note_model(judge.name, judge.digest, judge.origin)
+  _admit(service, ledger)
 
   async def end_requests():
     bodies.stop()
@@ -207,6 +204,13 @@ def create_app(
     routes.add(app, service)
   _describe(app, keyring, open_paths)
   return app
+
+
+def _admit(service: service_lib.Service, ledger: ledger_lib.Ledger) -> None:
+  """Lets the reward models of strategies be asked, and billed."""
+  for judge in service.scorers.values():
+    judge.admission = service.admission
+    ledger.note_model(judge.name, judge.digest, judge.origin)
 
 
 def _lifespan(
