@@ -1,5 +1,6 @@
 """Verifiers that are models: pairs, scores by step, and both lives of one."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -85,6 +86,8 @@ def test_answers_are_kept_and_a_damaged_file_is_refused(tmp_path):
 @pytest.mark.slow
 def test_a_reward_model_learns_its_pairs_and_scores_as_it_is_served(tmp_path):
   base, answers = experiments.get_config('small'), _answers()
+  few = dataclasses.replace(base.data, batch_size=2)
+  base = dataclasses.replace(base, data=few)
   frozen_dirs.write(
     tmp_path / 'model',
     config=base.model,
