@@ -165,12 +165,11 @@ def create_app(
   versions = registry.Versions(models, admission, [auditor, *observers])
   auditor.engines = versions.engine_loops
   bodies, draining = bodies_lib.Bodies(config), draining_lib.Draining()
-  store = _store(records, config)
   service = service_lib.Service(
     versions=versions,
     bodies=bodies,
     records=records,
-    store=store,
+    store=_store(records, config),
     config=config,
     keyring=keyring,
     admission=admission,
