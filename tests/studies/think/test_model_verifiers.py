@@ -86,7 +86,7 @@ def test_answers_are_kept_and_a_damaged_file_is_refused(tmp_path):
 @pytest.mark.slow
 def test_a_reward_model_learns_its_pairs_and_scores_as_it_is_served(tmp_path):
   base, answers = experiments.get_config('small'), _answers()
-  few = dataclasses.replace(base.data, batch_size=2)
+  few = dataclasses.replace(base.data, batch_size=8)  # a row per device
   base = dataclasses.replace(base, data=few)
   frozen_dirs.write(
     tmp_path / 'model',
