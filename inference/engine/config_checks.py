@@ -9,7 +9,7 @@ def drafts(config: Any) -> None:
   """Checks the sources of drafts.
 
   Raises:
-    ValueError: a source is missing, or it does not fit the devices.
+    ValueError: a source is missing, or none uses it.
   """
   for kind, given in (
     ('model', config.draft_model),
@@ -21,12 +21,6 @@ def drafts(config: Any) -> None:
         f' {config.speculation}, expected a directory with speculation = {kind}'
         ' and none otherwise; give both, or leave both out'
       )
-  if config.speculation in ('model', 'head') and config.num_parts > 1:
-    raise ValueError(
-      f'engine.speculation: got {config.speculation} over several devices,'
-      ' expected one device; use ngram, or engine.tensor = 1 without'
-      ' tensor_parts'
-    )
 
 
 def parts(config: Any) -> None:
@@ -88,6 +82,11 @@ def over_processes(config: Any) -> None:
   Raises:
     ValueError: it wants something that works in one process only.
   """
+  if config.speculation in ('model', 'head'):
+    raise ValueError(
+      f'engine.speculation: got {config.speculation} over several processes,'
+      ' expected off or ngram; start one process, or use ngram'
+    )
   for name, fix in (
     ('prefill_engines', 'leave it out'),
     (
