@@ -67,7 +67,6 @@ def prefill(config: Any) -> None:
       config.speculation in ('model', 'head'),
       'off or ngram: drafts of a model need states of the prompt',
     ),
-    ('max_adapters', config.max_adapters, '0: prompts are those of the base'),
   ):
     if is_wrong:
       raise ValueError(
@@ -87,15 +86,8 @@ def over_processes(config: Any) -> None:
       f'engine.speculation: got {config.speculation} over several processes,'
       ' expected off or ngram; start one process, or use ngram'
     )
-  for name, fix in (
-    ('prefill_engines', 'leave it out'),
-    (
-      'max_adapters',
-      'merge the adapter into its base (python -m frozen.adapters merge)',
-    ),
-  ):
-    if value := getattr(config, name):
-      raise ValueError(
-        f'engine.{name}: got {value} over several processes, expected 0; start'
-        f' one process, or {fix}'
-      )
+  if config.prefill_engines:
+    raise ValueError(
+      f'engine.prefill_engines: got {config.prefill_engines} over several'
+      ' processes, expected 0; start one process, or leave it out'
+    )
