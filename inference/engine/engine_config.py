@@ -173,7 +173,8 @@ class EngineConfig:
     '',
     'Frozen directory of the model that guesses, with speculation=model. It has'
     ' the tokenizer of the model; five times smaller or more is best. Its'
-    ' weights and its KV cache take memory, too.',
+    ' weights and its KV cache take memory, too, on each device of'
+    ' engine.tensor.',
   )
   draft_head: str = flag_field.field(
     '',
