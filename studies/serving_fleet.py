@@ -12,12 +12,21 @@ them. A step costs its roofline (`serve.py --plan`) over --efficiency: measure
 that on the device, since the answer is in proportion to it. The default of 0.6
 is an assumption; vLLM's 6.44 ms per token of an 8B model on an H100 are 0.74.
 
+The other way round, --replicas finds the largest load of each number of
+replicas, with a figure:
+
+    python -m studies.serving_fleet --config=experiments/pretrain.py:8b \
+      --replicas=1,2,4,8,16,32,64 --seconds=120 --workdir=runs/fleet \
+      --placements=affinity,affinity:4,least_busy \
+      --prices=experiments/prices/h100_rented.json --figure=fleet.svg
+
 `python -m studies.fleet.measured` compares the simulator with an engine.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
 import json
+import pathlib
 
 from absl import app, flags
 
@@ -28,10 +37,18 @@ from inference.planning import plan as plan_lib, subject
 from storage import atomic
 from studies import prices as prices_lib
 from studies.common import figure, load, study_flags
-from studies.fleet import costs, fleet, placing, replica, traffic
+from studies.fleet import costs, fleet, placing, replica, sizes, traffic
 
 PAGE_TOKENS = 64
+_LEAST_REQUESTS = 2000  # of a simulation: 20 are beyond a 99th percentile
+# `affinity:N` is affinity with a margin of N open requests; without it, of a
+# quarter of the sequences of a replica, as a server has.
 PLACEMENTS = 'affinity', 'least_busy', 'in_turn'
+# Flags that decide a simulation.
+_DECIDING = (
+  'model', 'config', 'target', 'efficiency', 'host_seconds', 'seconds',
+  'burstiness', 'prefix_share', 'max_sequences',
+)  # fmt: skip
 _HEAD = (
   'load', 'placement', 'replicas', 'devices', 'first p50', 'first p99',
   'token p50', 'token p99', 'cached', 'busy', 'per hour', 'per 1M tokens',
@@ -107,13 +124,13 @@ class Buyer:
       replica.Replica(self.settings, self.table, index) for index in range(num)
     ]
     tokens = self.settings.num_pages * self.settings.limits.page_size
+    name, _, margin = placement.partition(':')
+    usual = max(1, self.settings.limits.max_sequences // 4)
     place: fleet.Place = {
-      'affinity': placing.Affinity(
-        tokens, max(1, self.settings.limits.max_sequences // 4)
-      ),
+      'affinity': placing.Affinity(tokens, int(margin or usual)),
       'least_busy': fleet.least_busy,
       'in_turn': fleet.in_turn,
-    }[placement]
+    }[name]
     return fleet.summary(fleet.simulate(replicas, requests, place), replicas)
 
   def capacity(self, like: traffic.Traffic) -> float:
@@ -219,6 +236,16 @@ def _loads(given: Sequence[str]) -> list[float]:
   return found
 
 
+def _check_placement(given: str) -> None:
+  name, _, margin = given.partition(':')
+  expect.one_of('--placements', name, PLACEMENTS)
+  if (name != 'affinity' and margin) or not (margin or '0').isdecimal():
+    raise ValueError(
+      f'--placements: got {given}, expected a name, or affinity:N with the most'
+      ' open requests more than the least busy replica has'
+    )
+
+
 def _draw(path: str, found: Sequence[Bought]) -> None:
   def line(placement: str, value: Callable[[Bought], float]) -> figure.Line:
     own = [x for x in found if x.placement == placement and x.is_enough]
@@ -242,14 +269,70 @@ def _draw(path: str, found: Sequence[Bought]) -> None:
   figure.save(path, panels, share_y=False)
 
 
+def _bought(
+  buyer: Buyer, like: traffic.Traffic, wanted: Wanted, price, values
+) -> list[Bought]:
+  """Returns the fleets of all loads and placements; prints each."""
+  found = []
+  for rate in _loads(values.loads):
+    at_rate = dataclasses.replace(like, rate=rate)
+    for placement in values.placements:
+      found.append(buyer.bought(at_rate, wanted, placement, values.seconds))
+      print(table(found[-1:], price).splitlines()[-1], flush=True)
+  return found
+
+
+def _carried(
+  buyer: Buyer,
+  like: traffic.Traffic,
+  wanted: Wanted,
+  values,
+  workdir: pathlib.Path,
+) -> list[sizes.Carried]:
+  """Returns the loads of all numbers of replicas and placements."""
+
+  def run(placement: str, num: int, load: float) -> fleet.Summary:
+    asked = traffic.requests(
+      dataclasses.replace(like, rate=load),
+      sizes.num_requests(load, values.seconds, _LEAST_REQUESTS),
+    )
+    found = kept.get(
+      f'{placement} {num} {load:.6g}',
+      lambda: buyer.run(asked, placement, num),
+    )
+    print(
+      f'{num} replicas, {placement}, {load:.3g} requests/s: first token'
+      f' {found.to_first_p99:.3g} s, token {found.per_token_p99:.3g} s (p99)',
+      flush=True,
+    )
+    return found
+
+  settings = {name: values[name].value for name in _DECIDING}
+  kept = sizes.Kept(workdir / 'simulated.jsonl', settings)
+  replicas = sizes.counts(values.replicas)
+  # Bursts: a replica alone carries less than half of what it could do.
+  first = buyer.capacity(like) / 4
+  return [
+    each
+    for placement in values.placements
+    for each in sizes.carried(
+      run,
+      wanted.met_by,
+      replicas=replicas,
+      placement=placement,
+      tensor=buyer.tensor,
+      first=first,
+    )
+  ]
+
+
 def main(argv: list[str]) -> None:
   """Simulates fleets; prints and saves what to buy."""
   workdir = study_flags.begin(argv)
   values = flags.FLAGS
   try:
-    loads = _loads(values.loads)
     for placement in values.placements:
-      expect.one_of('--placements', placement, PLACEMENTS)
+      _check_placement(placement)
     price = prices_lib.read(values.prices) if values.prices else None
     planned = _plan_of(values)
     if price and price.device != planned.device_kind:
@@ -269,21 +352,24 @@ def main(argv: list[str]) -> None:
       burstiness=values.burstiness,
       prefix_share=values.prefix_share,
     )
-    found = []
-    for rate in loads:
-      at_rate = dataclasses.replace(like, rate=rate)
-      for placement in values.placements:
-        found.append(buyer.bought(at_rate, wanted, placement, values.seconds))
-        print(table(found[-1:], price).splitlines()[-1], flush=True)
-    if study_flags.FIGURE.value:
-      _draw(study_flags.FIGURE.value, found)
+    path = study_flags.FIGURE.value
+    if values.replicas:
+      found = _carried(buyer, like, wanted, values, workdir)
+      text = sizes.table(found, price)
+      if path:
+        sizes.draw(path, found)
+    else:
+      found = _bought(buyer, like, wanted, price, values)
+      text = table(found, price)
+      if path:
+        _draw(path, found)
   except (ValueError, FileNotFoundError) as error:
     raise SystemExit(f'error: {error}') from None
   title = (
     f'{planned.subject.name} on {planned.target} per replica, tensor'
     f' {planned.tensor}, efficiency {values.efficiency:g}'
   )
-  print(f'\n{title}\n\n{table(found, price)}')
+  print(f'\n{title}\n\n{text}')
   rows = [dataclasses.asdict(each) for each in found]
   atomic.write_text(
     workdir / 'serving_fleet.json', json.dumps(rows, indent=2) + '\n'
@@ -302,9 +388,16 @@ def _define_flags() -> None:
   flags.DEFINE_string('target', 'h100:1', 'Devices of one replica.')
   flags.DEFINE_list('loads', ['2', '8', '32'], 'Requests per second.')
   flags.DEFINE_list(
+    'replicas',
+    [],
+    'Numbers of replicas, in place of --loads: finds the largest load of each.',
+  )
+  flags.DEFINE_list(
     'placements',
     ['affinity', 'least_busy'],
-    'Placements of requests on replicas: affinity, least_busy, in_turn.',
+    'Placements of requests on replicas: affinity, least_busy, in_turn; or'
+    ' affinity:N, where the replica that knows a prefix may have N open'
+    ' requests more than the least busy one.',
   )
   path('prices', '', 'Price file, see studies/prices.py.')
   number('efficiency', 0.6, 'Share of the roofline that steps reach.')

@@ -70,6 +70,18 @@ class _Whole:
 WHOLE = _Whole()
 
 
+class Mirror(Protocol):
+  """Other engines of the model, which load the same adapters."""
+
+  def load(self, digest: str, tree: adapters_lib.Tree) -> None:
+    """Loads an adapter for the requests that come after it."""
+    ...
+
+  def unload(self, digest: str) -> None:
+    """Unloads an adapter that no request uses any more."""
+    ...
+
+
 @dataclasses.dataclass(eq=False)
 class Loaded:
   """An adapter in its slot."""
@@ -113,6 +125,7 @@ class AdapterTable:
       self.table = _made(places.laid_out(self._shapes))
     # (table, slot, tree) -> table; compiled by the engine.
     self.put: Callable[[Table, int, Table], Table] = put
+    self.mirror: Mirror | None = None
 
   def beside(self, params: Any) -> Any:
     """Returns the variables of a step: params, and the table if any."""
@@ -166,6 +179,8 @@ class AdapterTable:
       known = Loaded(digest, self._free.pop(0), _num_params(tree))
       self.table = self.put(self.table, known.slot, row)
       self._loaded[digest] = known
+      if self.mirror:
+        self.mirror.load(digest, tree)
     known.num_loads += 1
     return known.slot
 
@@ -186,6 +201,8 @@ class AdapterTable:
     if not known.num_loads:
       del self._loaded[digest]
       self._free.append(known.slot)
+      if self.mirror:
+        self.mirror.unload(digest)
 
   def check_empty(self) -> None:
     """Checks that the base may change.

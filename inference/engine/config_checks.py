@@ -9,7 +9,7 @@ def drafts(config: Any) -> None:
   """Checks the sources of drafts.
 
   Raises:
-    ValueError: a source is missing, or it does not fit the devices.
+    ValueError: a source is missing, or none uses it.
   """
   for kind, given in (
     ('model', config.draft_model),
@@ -21,12 +21,6 @@ def drafts(config: Any) -> None:
         f' {config.speculation}, expected a directory with speculation = {kind}'
         ' and none otherwise; give both, or leave both out'
       )
-  if config.speculation in ('model', 'head') and config.num_parts > 1:
-    raise ValueError(
-      f'engine.speculation: got {config.speculation} over several devices,'
-      ' expected one device; use ngram, or engine.tensor = 1 without'
-      ' tensor_parts'
-    )
 
 
 def parts(config: Any) -> None:
@@ -73,7 +67,6 @@ def prefill(config: Any) -> None:
       config.speculation in ('model', 'head'),
       'off or ngram: drafts of a model need states of the prompt',
     ),
-    ('max_adapters', config.max_adapters, '0: prompts are those of the base'),
   ):
     if is_wrong:
       raise ValueError(
@@ -88,15 +81,13 @@ def over_processes(config: Any) -> None:
   Raises:
     ValueError: it wants something that works in one process only.
   """
-  for name, fix in (
-    ('prefill_engines', 'leave it out'),
-    (
-      'max_adapters',
-      'merge the adapter into its base (python -m frozen.adapters merge)',
-    ),
-  ):
-    if value := getattr(config, name):
-      raise ValueError(
-        f'engine.{name}: got {value} over several processes, expected 0; start'
-        f' one process, or {fix}'
-      )
+  if config.speculation in ('model', 'head'):
+    raise ValueError(
+      f'engine.speculation: got {config.speculation} over several processes,'
+      ' expected off or ngram; start one process, or use ngram'
+    )
+  if config.prefill_engines:
+    raise ValueError(
+      f'engine.prefill_engines: got {config.prefill_engines} over several'
+      ' processes, expected 0; start one process, or leave it out'
+    )

@@ -36,7 +36,6 @@ import jax.numpy as jnp
 
 from inference.constraints import grammars
 from inference.engine import (
-  adapter_table,
   config_checks,
   device_state,
   engine_config,
@@ -124,7 +123,7 @@ class Engine:
     self.draft, backend = making.made(draft, config, self.placement, backend)
     self.backend = backend
     with jax.default_device(self.device):
-      self.adapters = adapter_table.made(config, params, dtype, self.placement)
+      self.adapters = told.table(leader, config, params, dtype, self.placement)
     others = self.adapters.num_bytes + making.num_bytes(self.draft)
     pool = pool_lib.sized(self.placement, config, backend, params, others)
     self.page_bytes = pool.page_bytes
@@ -179,6 +178,7 @@ class Engine:
         devices=devices,
       ),
     )
+    self.adapters.mirror = self._prefillers
 
   def _begin_others(self, num_pages: int, dtype: str) -> int:
     """Tells the other processes to load; returns the number of that call."""

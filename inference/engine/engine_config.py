@@ -18,6 +18,7 @@ KV_DTYPES = ('model', 'int8', 'fp8')
 ATTENTION = ('auto', 'reference', 'kernel')
 NATIVE = ('auto', 'on', 'off')
 SPECULATION = ('off', 'ngram', 'model', 'head')
+MAX_SEQUENCES = 32  # unless flags say otherwise
 
 # Share of the memory left by the weights that pages may take. Activations take
 # the rest.
@@ -172,7 +173,8 @@ class EngineConfig:
     '',
     'Frozen directory of the model that guesses, with speculation=model. It has'
     ' the tokenizer of the model; five times smaller or more is best. Its'
-    ' weights and its KV cache take memory, too.',
+    ' weights and its KV cache take memory, too, on each device of'
+    ' engine.tensor.',
   )
   draft_head: str = flag_field.field(
     '',
@@ -228,7 +230,7 @@ class EngineConfig:
 
   def __post_init__(self):
     for name, value in (
-      ('max_sequences', max(self.decode_shapes, default=32)),
+      ('max_sequences', max(self.decode_shapes, default=MAX_SEQUENCES)),
       ('max_chunks', max(16, self.max_mixed_chunks or 0)),
       ('max_mixed_chunks', None),
     ):

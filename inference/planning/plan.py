@@ -21,6 +21,7 @@ import bisect
 from collections.abc import Mapping
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,7 @@ class Plan:
   peaks: peaks_lib.Peaks
   num_devices: int = 1  # of the target
   tensor: int = 1  # devices that share the model
+  experts: int = 1  # groups of these that have experts whole
   # Smaller plans of the same generation, from one device on; see `smallest`.
   slices: tuple[tuple[str, int], ...] = ()  # (name, number of devices)
   num_adapters: int = 0  # places for adapters beside the weights
@@ -99,6 +101,7 @@ class Plan:
       model=self.config,
       vocab_size=self.config.vocab_size,
       num_parts=self.tensor,
+      num_expert_groups=self.experts,
     )
 
   @functools.cached_property
@@ -218,7 +221,7 @@ class Plan:
 
     One after attention and one after the MLP or the experts of each layer, one
     after shared experts, and one of the embedding (`parallel.tensor.ports`).
-    Kernels of `across` need no sum.
+    Kernels of `across` need no sum, but for the one over groups of experts.
     """
     if self.tensor == 1:
       return 0
@@ -227,14 +230,22 @@ class Plan:
     with_shared = bool(config.num_shared_experts) * sum(
       layer.has_experts for layer in layers
     )
-    return 2 * config.num_layers + with_shared + 1 - len(self.across)
+    unsummed = [
+      cut for cut in self.across if self.experts == 1 or not cut.has_experts
+    ]
+    return 2 * config.num_layers + with_shared + 1 - len(unsummed)
+
+  def _width_in(self, cut: stored_lib.Cut) -> int:
+    """Returns the inputs of a token that devices send for a kernel."""
+    copies = self.config.num_active_experts if cut.has_experts else 1
+    return cut.width_in * copies
 
   def sent_bytes(self, num_tokens: int) -> float:
     """Returns the bytes that a device sends in a step of so many tokens."""
     width, share = self.config.model_width, (self.tensor - 1) / self.tensor
     # Over a ring; a sum passes it twice.
     numbers = 2 * self.sums_per_step * width
-    numbers += sum(cut.width_in + width for cut in self.across)
+    numbers += sum(self._width_in(cut) + width for cut in self.across)
     return num_tokens * self.itemsize * numbers * share
 
   @property
@@ -249,7 +260,7 @@ class Plan:
     # A backend may add in float32, and sends the sums of routed and of shared
     # experts as one.
     joined = 2 if self.config.num_shared_experts else 1
-    widths = [cut.width_in for cut in self.across]
+    widths = [self._width_in(cut) for cut in self.across]
     widest = max([joined * self.config.model_width, *widths])
     most = 4 * self.compiled_sequences * widest
     return all(
@@ -400,8 +411,8 @@ def make(
   if tensor is None:
     plan = chosen(plan) if target else plan
   else:
-    _check_degree(plan, subject, tensor, experts)
-    plan = dataclasses.replace(plan, tensor=tensor)
+    _check_degree(plan, tensor, experts)
+    plan = dataclasses.replace(plan, tensor=tensor, experts=experts)
   if is_here or not is_compiled:
     return plan
   fitting = max(plan.num_sequences(plan.config.max_length), 1)
@@ -419,13 +430,13 @@ def make(
 def degrees(plan: Plan) -> list[Plan]:
   """Returns the plans of all numbers of devices that may share the model."""
   found = []
-  kernels = plan.subject.quantization.get('kernels', ())
   for tensor in range(1, plan.num_devices + 1):
     engine = engine_config.EngineConfig(tensor=tensor)
     if plan.num_devices % tensor == 0 and not refusals.problem(
-      engine, plan.config, kernels
+      engine, plan.config
     ):
-      found.append(dataclasses.replace(plan, tensor=tensor))
+      groups = math.gcd(plan.experts, tensor)
+      found.append(dataclasses.replace(plan, tensor=tensor, experts=groups))
   return found
 
 
@@ -455,9 +466,7 @@ def smallest(plan: Plan) -> tuple[str, Plan] | None:
   return None
 
 
-def _check_degree(
-  plan: Plan, subject: subject_lib.Subject, tensor: int, experts: int
-) -> None:
+def _check_degree(plan: Plan, tensor: int, experts: int) -> None:
   expect.at_least('--engine.tensor', tensor, 1)
   if plan.num_devices % tensor:
     raise ValueError(
@@ -466,4 +475,4 @@ def _check_degree(
     )
   engine = engine_config.EngineConfig(tensor=tensor, experts=experts)
   if tensor > 1:
-    refusals.check(engine, subject.config, subject.shapes())
+    refusals.check(engine, plan.config)

@@ -18,7 +18,7 @@ import jax
 from jax.extend import random as jax_random
 import jax.numpy as jnp
 
-from models.layers import row_sums
+from models.layers import cross_entropy, row_sums
 from parallel.tensor import ports
 
 _GROUP = 256  # tokens that `argmax` compares together
@@ -32,6 +32,15 @@ class Whole:
   def size(self, logits_BV: jax.Array) -> int:
     """Returns the number of ids."""
     return logits_BV.shape[-1]
+
+  def ids(self, num_local: int) -> jax.Array:
+    """Returns the ids of an array [V], int32."""
+    return jnp.arange(num_local, dtype=jnp.int32)
+
+  def own(self, logits_BV: jax.Array, num_local: int) -> jax.Array:
+    """Returns the part [B, V] of the logits of all ids that is used here."""
+    del num_local
+    return logits_BV
 
   def local(self, ids: jax.Array, num_local: int) -> jax.Array:
     """Returns ids as indices of an array [.., V]; -1 for those not in it."""
@@ -99,6 +108,17 @@ class Split(Whole):
   def size(self, logits_BV):
     return logits_BV.shape[-1] * jax.lax.axis_size(ports.AXIS)
 
+  def ids(self, num_local):
+    return self._start(num_local) + super().ids(num_local)
+
+  def own(self, logits_BV, num_local):
+    spare = num_local * jax.lax.axis_size(ports.AXIS) - logits_BV.shape[-1]
+    padded = jnp.pad(
+      logits_BV, ((0, 0), (0, spare)), constant_values=cross_entropy.MASKED
+    )
+    start = self._start(num_local)
+    return jax.lax.dynamic_slice_in_dim(padded, start, num_local, 1)
+
   def local(self, ids, num_local):
     ids = ids - self._start(num_local)
     return jnp.where((ids >= 0) & (ids < num_local), ids, -1)
@@ -161,7 +181,7 @@ class Split(Whole):
     return found_BK, jnp.take_along_axis(ids_BJ, places_BK, axis=1)
 
   def gumbel(self, key_B, positions_B, num_local):
-    ids_V = self._start(num_local) + jnp.arange(num_local, dtype=jnp.int32)
+    ids_V = self.ids(num_local)
 
     def row(key, position):
       words = jax.random.key_data(jax.random.fold_in(key, position))

@@ -95,6 +95,7 @@ def apply_experts(
   kernels: Mapping[str, Any],
   dtype: Any,
   stored: stored_product.Computed | None = None,
+  multiply: Any = None,
 ) -> jax.Array:
   """Returns the sum over a token's experts of gate * expert(x), [B, T, D].
 
@@ -110,9 +111,11 @@ def apply_experts(
     kernels: of all experts.
     dtype: dtype of the computation.
     stored: `Execution.stored`, if kernels are in fewer bits.
+    multiply: their port, as in `models.moe.dispatch`; None: `linear`.
   """
   if stored is not None:
-    y_BTAD = _of_groups(x_BTD, ids_BTA, kernels, dtype, stored)
+    port = linear if multiply is None else multiply
+    y_BTAD = _of_groups(x_BTD, ids_BTA, kernels, dtype, stored, port)
     return _summed(y_BTAD, gates_BTA, dtype)
 
   def expert(y_BTAD, index):
@@ -134,12 +137,12 @@ def apply_experts(
   return _summed(y_BTAD, gates_BTA, dtype)
 
 
-def _of_groups(x_BTD, ids_BTA, kernels, dtype, stored) -> jax.Array:
+def _of_groups(x_BTD, ids_BTA, kernels, dtype, stored, port) -> jax.Array:
   """Returns the outputs of the experts of each token, [B, T, A, D]."""
 
   def grouped(name, x_JI, sizes_E):
     return stored_product.grouped(
-      x_JI, kernels[name], sizes_E, dtype, linear, stored
+      x_JI, kernels[name], sizes_E, dtype, port, stored
     )
 
   y_MAD = dispatch.outputs(x_BTD, ids_BTA, kernels, dtype, grouped)

@@ -30,6 +30,7 @@ def apply_experts(
   dtype: Any,
   held: Mapping[str, grouped.Held] | None = None,
   stored: stored_product.Computed = stored_product.in_blocks,
+  multiply: Any = plain.linear,
 ) -> jax.Array:
   """Returns the sum over a token's experts of gate * expert(x), [B, T, D].
 
@@ -42,12 +43,14 @@ def apply_experts(
     dtype: dtype of the computation; sums are float32.
     held: gather and scatter of each kernel, if this device holds a part of it.
     stored: `Execution.stored`, for kernels in fewer bits.
+    multiply: their port, see `product.grouped`. The result is as wide as the
+      outputs of 'down' that it returns.
   """
 
   def linear(name, x_JI, sizes_E):
     if stored_tree.is_stored(kernels[name]):
       return stored_product.grouped(
-        x_JI, kernels[name], sizes_E, dtype, plain.linear, stored
+        x_JI, kernels[name], sizes_E, dtype, multiply, stored
       )
     how = grouped.WHOLE if held is None else held[name]
     y_JO: Any = grouped.grouped_linear(
@@ -57,7 +60,8 @@ def apply_experts(
 
   y_MAD = outputs(x_BTD, ids_BTA, kernels, dtype, linear)
   gates_MA = gates_BTA.reshape((-1, ids_BTA.shape[-1]))
-  return _weighted_sum(y_MAD, gates_MA).astype(dtype).reshape(x_BTD.shape)
+  y_MD = _weighted_sum(y_MAD, gates_MA).astype(dtype)
+  return y_MD.reshape((*x_BTD.shape[:-1], -1))
 
 
 def outputs(
@@ -89,7 +93,7 @@ def outputs(
     hidden_JF = nn.gelu(up_JF, approximate=True)
   y_JD = linear('down', hidden_JF, sizes_E)
   y_JD = _collect(y_JD, order_J, inverse_J)
-  return y_JD.reshape((-1, num_active, shape[-1]))
+  return y_JD.reshape((-1, num_active, y_JD.shape[-1]))
 
 
 # The checkpoint stores the input in the compute dtype for the backward pass,

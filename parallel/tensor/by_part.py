@@ -185,41 +185,73 @@ class Experts:
   """The port `apply_experts`: parts have some experts, or share their width."""
 
   apply_experts: Callable[..., jax.Array]
+  linear: Callable[..., Any]
   num_parts: int
   num_groups: int = 1  # of experts; the parts of a group share their width
 
-  def __call__(self, x_BTD, ids_BTA, gates_BTA, kernels, dtype):
+  def __call__(self, x_BTD, ids_BTA, gates_BTA, kernels, dtype, **stored):
     groups = self.num_groups // jax.lax.axis_size(ports.EXPERT)
     slices = _num_here(self.num_parts) // groups
-    held = kernels['down'].shape[0]
+    down = kernels['down']
+    held = down.shape[0]
     here_BTA = ports.ids_here(ids_BTA, held)
     per_group = held // groups
 
-    def of_part(group: int, part: int):
-      """Returns the term of a part, in the shapes that all parts have."""
-      own = {
-        name: jnp.split(
-          kernel[group * per_group : (group + 1) * per_group],
-          slices,
-          1 if name == 'down' else 2,
-        )[part]
-        for name, kernel in kernels.items()
-      }
+    def applied(group: int, own: Any, **how: Any):
       local_BTA = here_BTA - group * per_group
       is_own_BTA = (local_BTA >= 0) & (local_BTA < per_group)
       local_BTA = jnp.where(is_own_BTA, local_BTA, per_group)
       return _apart(
         lambda x, ids, kernels: self.apply_experts(
-          x, ids, gates_BTA, kernels, dtype
+          x, ids, gates_BTA, kernels, dtype, **stored, **how
         ),
         x_BTD,
         local_BTA,
         own,
       )
 
-    return _summed(
-      [of_part(g, s) for g in range(groups) for s in range(slices)], dtype
-    )
+    def of_group(group: int):
+      """Returns the kernels of a group; every array of one has all experts."""
+      start, end = group * per_group, (group + 1) * per_group
+      return jax.tree.map(lambda x: x[start:end], kernels)
+
+    if ports.is_across(down):
+      port = _ExpertsAcross(self.linear, slices)
+      terms = [applied(g, of_group(g), multiply=port) for g in range(groups)]
+      # A device has some columns of the terms of its groups.
+      terms = ports.gathered(jnp.stack(terms), over=ports.TENSOR)
+      terms = list(terms[..., : down.width])
+      return _summed(terms, dtype, over=ports.EXPERT)
+    terms = []
+    for group in range(groups):
+      parts = {
+        name: _split_experts(kernel, slices, 0 if name == 'down' else 1)
+        for name, kernel in of_group(group).items()
+      }
+      for part in range(slices):  # in the shapes that all parts have
+        own = {name: each[part] for name, each in parts.items()}
+        terms.append(applied(group, own))
+    return _summed(terms, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ExpertsAcross:
+  """The products of experts of whose `down` parts have some outputs."""
+
+  linear: Callable[..., Any]
+  num_here: int  # parts of the width of these experts
+
+  def over_parts(self, of_part, x_JI, w_EIO, dtype, pair=None):
+    """Returns the product of `up` or `gate`, of the columns that are here."""
+    del dtype, pair
+    product = functools.partial(of_part, self.linear)
+    parts = _split_experts(w_EIO, self.num_here, 1)
+    return jnp.concatenate([_apart(product, x_JI, w) for w in parts], axis=-1)
+
+  def across_parts(self, of_part, x_JI, w_EIO, dtype):
+    """Returns the outputs of `down` that are here."""
+    x_JI = ports.gathered(x_JI, over=ports.TENSOR)
+    return self.over_parts(of_part, x_JI, w_EIO.kernel, dtype)
 
 
 def _side_by_side(
@@ -253,6 +285,13 @@ def _split(w_IO: Any, num: int, axis: int) -> list[Any]:
   return w_IO.split(num, axis)
 
 
+def _split_experts(w_EIO: Any, num: int, axis: int) -> list[Any]:
+  """Returns the parts of inputs (0) or outputs (1) of a kernel of experts."""
+  if isinstance(w_EIO, jax.Array):
+    return jnp.split(w_EIO, num, 1 + axis)
+  return w_EIO.split(num, axis)
+
+
 def _num_here(num_parts: int) -> int:
   """Returns the parts of a device."""
   return num_parts // jax.lax.axis_size(ports.AXIS)
@@ -264,8 +303,16 @@ def _apart(function: Callable[..., Any], *args: Any) -> Any:
   return jax.lax.optimization_barrier(function(*args))
 
 
-def _summed(terms: Sequence[jax.Array], dtype: Any) -> jax.Array:
-  """Returns the sum of the terms of all parts, in their order."""
-  terms_P = jax.lax.all_gather(jnp.stack(terms), ports.AXIS, tiled=True)
+def _summed(
+  terms: Sequence[jax.Array], dtype: Any, over: Any = ports.AXIS
+) -> jax.Array:
+  """Returns the sum of the terms of all parts, in their order.
+
+  Args:
+    terms: of the parts of a device.
+    dtype: of the result.
+    over: the axes of the mesh along which devices have other terms.
+  """
+  terms_P = jax.lax.all_gather(jnp.stack(terms), over, tiled=True)
   total = ports.in_order(terms_P.astype(jnp.float32))
   return total.astype(dtype)

@@ -11,7 +11,8 @@ devices send is written here:
     layer (Megatron-LM, arXiv:1909.08053, section 3). Where such a kernel is
     stored in fewer bits and its inputs cannot be split (`across_parts`), the
     inputs of all devices, and then their outputs;
-  - after the experts of a mixture: a sum;
+  - after the experts of a mixture: a sum. Where their `down` is stored so, too,
+    its inputs, and then its outputs, among the devices that share its experts;
   - before a norm over all heads together: a sum per token of squares;
   - after the embedding, of which each device has some rows: a sum.
 
@@ -83,12 +84,41 @@ class Experts:
   """The port `apply_experts`: a device has a part of experts, or some."""
 
   apply_experts: Callable[..., jax.Array]
+  linear: Callable[..., Any]
 
-  def __call__(self, x_BTD, ids_BTA, gates_BTA, kernels, dtype):
-    ids_BTA = ids_here(ids_BTA, kernels['down'].shape[0])
-    return jax.lax.psum(
-      self.apply_experts(x_BTD, ids_BTA, gates_BTA, kernels, dtype), AXIS
-    )
+  def __call__(self, x_BTD, ids_BTA, gates_BTA, kernels, dtype, **stored):
+    down = kernels['down']
+    ids_BTA = ids_here(ids_BTA, down.shape[0])
+    args = x_BTD, ids_BTA, gates_BTA, kernels, dtype
+    if not is_across(down):
+      return jax.lax.psum(self.apply_experts(*args, **stored), AXIS)
+    port = _ExpertsAcross(self.linear)
+    y_BTo = self.apply_experts(*args, **stored, multiply=port)
+    y_BTD = gathered(y_BTo, over=TENSOR)[..., : down.width]
+    return jax.lax.psum(y_BTD, EXPERT)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ExpertsAcross:
+  """The products of experts of whose `down` devices have some outputs."""
+
+  linear: Callable[..., Any]
+
+  def over_parts(self, of_part, x_JI, w_EIO, dtype, pair=None):
+    """Returns the product of `up` or `gate`, of the columns that are here."""
+    del dtype, pair
+    return of_part(self.linear, x_JI, w_EIO)
+
+  def across_parts(self, of_part, x_JI, w_EIO, dtype):
+    """Returns the outputs of `down` that are here."""
+    del dtype
+    return of_part(self.linear, gathered(x_JI, over=TENSOR), w_EIO.kernel)
+
+
+def is_across(kernel: Any) -> bool:
+  """Returns whether devices have some outputs of a kernel of a sum each."""
+  # Of models.linear.stored.across.Across, which nothing here may import.
+  return hasattr(kernel, 'places')
 
 
 def ids_here(ids_BTA: jax.Array, num_here: int) -> jax.Array:
@@ -125,14 +155,17 @@ class LookUp:
     return jax.lax.psum(rows_BTD, AXIS)  # exact: one term, and zeros
 
 
-def gathered(x: jax.Array, places_I: jax.Array | None = None) -> jax.Array:
+def gathered(
+  x: jax.Array, places_I: jax.Array | None = None, over: Any = AXIS
+) -> jax.Array:
   """Returns the last axis of all devices, in their order.
 
   Args:
     x: the part of this device, [..., I / devices].
     places_I: the entries to return, in that order; None: all.
+    over: the axes of the mesh along which the devices lie.
   """
-  x = jax.lax.all_gather(x, AXIS, axis=x.ndim - 1, tiled=True)
+  x = jax.lax.all_gather(x, over, axis=x.ndim - 1, tiled=True)
   return x if places_I is None else jnp.take(x, places_I, axis=-1)
 
 

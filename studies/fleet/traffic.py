@@ -1,7 +1,10 @@
 """Traffic for a simulated fleet: bursts, heavy tails and shared prefixes.
 
-Arrivals come in bursts: the rate of a Poisson process is drawn anew in every
-interval, from a gamma distribution. Lengths of prompts and answers are
+Arrivals come in bursts: the rate of a Poisson process changes every 10 seconds.
+In each cycle of twelve intervals the rates are twelve quantiles of a gamma
+distribution, in a random order that is the same for all loads: fleets of any
+size meet the same bursts, and none is judged by a burst that others were
+spared. Lengths of prompts and answers are
 log-normal, so that a few are very long. A share of the requests begins with one
 of a few prefixes (system prompts, documents), which have Zipf's frequencies.
 
@@ -12,12 +15,15 @@ arXiv:2311.18677, section 3) has medians of 1,020 and 1,500 prompt tokens and of
 defaults are of this kind and are no fit to any of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 
 import numpy as np
+from scipy import special
 
 from checks import expect
+
+_CYCLE = 12  # intervals whose rates together are those of the distribution
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,8 @@ def requests(traffic: Traffic, num: int, seed: int = 0) -> list[Request]:
   popularity = 1 / np.arange(1, traffic.num_prefixes + 1)
   popularity /= popularity.sum()
   found = []
-  for place, arrival in enumerate(_arrivals(traffic, num, rng)):
+  rates = _rates(traffic, np.random.default_rng([seed, 1]))
+  for place, arrival in enumerate(_arrivals(traffic, num, rates, rng)):
     prefix: Sequence[int] = ()
     if rng.random() < traffic.prefix_share:
       which = int(rng.choice(traffic.num_prefixes, p=popularity))
@@ -103,20 +110,30 @@ def requests(traffic: Traffic, num: int, seed: int = 0) -> list[Request]:
   return found
 
 
-def _arrivals(traffic: Traffic, num: int, rng) -> list[float]:
+def _arrivals(
+  traffic: Traffic, num: int, rates: Iterator[float], rng
+) -> list[float]:
   found: list[float] = []
   start = 0.0
   while len(found) < num:
-    rate = traffic.rate
-    if traffic.burstiness:
-      shape = 1 / traffic.burstiness
-      rate *= rng.gamma(shape, 1 / shape)
-    count = rng.poisson(rate * traffic.burst_seconds)
+    count = rng.poisson(next(rates) * traffic.burst_seconds)
     found += (
       start + np.sort(rng.uniform(0, traffic.burst_seconds, count))
     ).tolist()
     start += traffic.burst_seconds
   return found[:num]
+
+
+def _rates(traffic: Traffic, rng) -> Iterator[float]:
+  """Yields the rate of each interval, in requests per second."""
+  rates = np.full(_CYCLE, traffic.rate)
+  if traffic.burstiness:
+    shape = 1 / traffic.burstiness
+    places = (np.arange(_CYCLE) + 0.5) / _CYCLE
+    quantiles = special.gammaincinv(shape, places)
+    rates *= quantiles / quantiles.mean()
+  while True:
+    yield from rng.permutation(rates).tolist()
 
 
 def _length(median: float, traffic: Traffic, rng) -> int:

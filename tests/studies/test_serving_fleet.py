@@ -81,6 +81,14 @@ def test_a_replica_that_cannot_be_is_refused(values, message):
     serving_fleet._plan_of(_given(**values))
 
 
+def test_a_margin_is_one_of_affinity():
+  for good in ('affinity', 'affinity:4', 'least_busy'):
+    serving_fleet._check_placement(good)
+  for bad in ('affinity:x', 'least_busy:3', 'random'):
+    with pytest.raises(ValueError, match='--placements: got'):
+      serving_fleet._check_placement(bad)
+
+
 def test_a_small_fleet_is_bought():
   planned = serving_fleet._plan_of(_given(target='h100:2'))
   assert planned.tensor == 2

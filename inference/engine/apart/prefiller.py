@@ -11,6 +11,7 @@ Reference: the phases apart, Zhong et al. 2024, arXiv:2401.09670.
 
 from collections.abc import Callable, Hashable
 import dataclasses
+import functools
 import logging
 import queue
 import threading
@@ -18,10 +19,11 @@ from typing import Any, Protocol
 
 import jax
 
-from inference.engine import device_state
+from inference.engine import adapter_table, device_state
 from inference.engine.apart import pages as pages_lib
 from inference.requests import requests as requests_lib
 from inference.sampling import settings as settings_lib
+from models.layers import adapters as adapters_lib
 
 _LOG = logging.getLogger(__name__)
 # The first token is sampled where the answer is.
@@ -41,6 +43,8 @@ class Engine(Protocol):
   def has_work(self) -> bool: ...
   @property
   def kv_cache(self) -> device_state.KVCache: ...
+  @property
+  def adapters(self) -> adapter_table.AdapterTable: ...
   def submit(self, request: requests_lib.Request) -> int: ...
   def step(self) -> list[requests_lib.Update]: ...
   def cancel(self, request_id: int) -> list[requests_lib.Update]: ...
@@ -81,7 +85,8 @@ class Prefiller:
     self.engine = engine
     self._read, self._shardings = read, shardings
     self._on_result = on_result
-    self._inbox: queue.Queue[tuple[Hashable, Any]] = queue.Queue()
+    # Calls of the thread, in their order; None: the end.
+    self._inbox: queue.Queue[Callable[[], Any] | None] = queue.Queue()
     self._asked: dict[int, tuple[Hashable, requests_lib.Request]] = {}
     self._thread = threading.Thread(
       target=self._run, name='prefiller', daemon=True
@@ -90,15 +95,24 @@ class Prefiller:
 
   def submit(self, key: Hashable, request: requests_lib.Request) -> None:
     """Asks for the pages of a prompt of whole pages."""
-    self._inbox.put((key, request))
+    self._inbox.put(functools.partial(self._begin, key, request))
+
+  def load(self, digest: str, tree: adapters_lib.Tree) -> None:
+    """Loads an adapter, before any prompt that is asked for later."""
+    load = self.engine.adapters.load
+    self._inbox.put(functools.partial(load, digest, tree))
+
+  def unload(self, digest: str) -> None:
+    """Unloads an adapter; its prompts are done or cancelled."""
+    self._inbox.put(functools.partial(self.engine.adapters.unload, digest))
 
   def cancel(self, key: Hashable) -> None:
     """Ends the work for a prompt, unless it is done already."""
-    self._inbox.put((key, None))
+    self._inbox.put(functools.partial(self._end, key))
 
   def close(self) -> None:
     """Ends the thread, and waits until it has ended."""
-    self._inbox.put((None, None))
+    self._inbox.put(None)
     self._thread.join()
 
   def _run(self) -> None:
@@ -117,19 +131,19 @@ class Prefiller:
     must_wait = not self.engine.has_work
     while True:
       try:
-        key, request = self._inbox.get(block=must_wait)
+        call = self._inbox.get(block=must_wait)
       except queue.Empty:
         return True
       must_wait = False
-      if key is None:
+      if call is None:
         return False
-      if request is not None:
-        self._begin(key, request)
-        continue
-      for request_id, (other, _) in list(self._asked.items()):
-        if other == key:
-          self.engine.cancel(request_id)
-          del self._asked[request_id]
+      call()
+
+  def _end(self, key: Hashable) -> None:
+    for request_id, (other, _) in list(self._asked.items()):
+      if other == key:
+        self.engine.cancel(request_id)
+        del self._asked[request_id]
 
   def _begin(self, key: Hashable, request: requests_lib.Request) -> None:
     try:
@@ -165,6 +179,7 @@ def request_of(
   return requests_lib.Request(
     prompt_ids=request.prompt_ids[:num_tokens],
     settings=_NO_ANSWER,
+    adapter=request.adapter,
     principal=request.principal,
     priority=request.priority,
     weight=request.weight,

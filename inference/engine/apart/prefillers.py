@@ -16,12 +16,13 @@ from inference.engine import (
 from inference.engine.apart import pages as pages_lib, prefiller
 from inference.requests import answer as answer_lib, requests as requests_lib
 from inference.scheduling import page_tables, sequence_manager
+from models.layers import adapters as adapters_lib
 
 # Prompts that one of them computes together: it has no answers in its batch.
 _MOST_PROMPTS = 8
 _WAIT_SECONDS = 0.05  # for pages; a cancelled request is noticed after it
 
-# (config, params, devices) -> an engine without adapters and drafts.
+# (config, params, devices) -> an engine without drafts.
 Make = Callable[
   [engine_config.EngineConfig, device_state.Unread, Sequence[jax.Device]], Any
 ]
@@ -100,6 +101,16 @@ class Prefillers:
     self._prefillers[which].submit(
       key, prefiller.request_of(request, num_tokens)
     )
+
+  def load(self, digest: str, tree: adapters_lib.Tree) -> None:
+    """Loads an adapter everywhere, see `adapter_table.Mirror`."""
+    for each in self._prefillers:
+      each.load(digest, tree)
+
+  def unload(self, digest: str) -> None:
+    """Unloads an adapter everywhere."""
+    for each in self._prefillers:
+      each.unload(digest)
 
   def cancel(self, key: Hashable) -> None:
     """Ends the work for a sequence, if there is any."""
@@ -228,7 +239,6 @@ def start(
     decode_shapes=(_MOST_PROMPTS,),
     # The engine that answers refuses requests.
     max_waiting=8 * (config.max_waiting + config.max_sequences),
-    max_adapters=0,
   )
   engines = []
   for first in range(config.tensor, wanted, config.tensor):

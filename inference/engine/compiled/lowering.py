@@ -44,7 +44,7 @@ class Placement(Protocol):
     ...
 
   def lower(self, function: Any, *args: Any, **static: Any) -> Any:
-    """Returns a jitted function, traced."""
+    """Returns a jitted function of an engine's programs, traced."""
     ...
 
 

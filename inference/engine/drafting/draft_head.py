@@ -12,6 +12,9 @@ rejected drafts move pages, and the states with them.
 A drafted token is sampled as the token that it guesses, with the settings of
 the sequence and the key of its position, as a draft model does (`draft_steps`).
 
+Where devices share the model, each has a copy of the head, and the rows of the
+unembedding that it has anyway: it computes the logits of its ids alone.
+
 Reference: ReDrafter, arXiv:2403.09919.
 """
 
@@ -26,8 +29,8 @@ import numpy as np
 
 from inference.engine import device_state, engine_config, steps
 from inference.engine.compiled import layered
-from inference.engine.spread import placement as placement_lib
-from inference.sampling import sampler as sampler_lib
+from inference.engine.spread import placement as placement_lib, results
+from inference.sampling import sampler as sampler_lib, vocabulary
 from inference.scheduling import page_tables
 from inference.speculation import source
 from models import kv_cache as kv_cache_lib, transformer
@@ -88,7 +91,7 @@ class Drawing(NamedTuple):
   """The arrays that guesses are drawn with, in the dtype of `Ports`."""
 
   head: Any
-  table_KD: jax.Array  # the first rows of the model's unembedding
+  table_KD: jax.Array  # the first rows of the model's unembedding on a device
 
 
 class Inputs(NamedTuple):
@@ -124,14 +127,15 @@ class DraftHead:
     Args:
       weights: of the head.
       config: of the engine.
-      placement: of the engine, one device.
+      placement: of the engine.
       execution: of the model; its embedding is looked up through it.
     """
-    self._weights, dtype = weights, jnp.dtype(weights.dtype)
+    self._weights, self._placement = weights, placement
+    dtype = jnp.dtype(weights.dtype)
     self._model = transformer.Transformer(placement.model, dtype, execution)
-    self._vocab_size = placement.vocab_size
     # Rows of an embedding may be more than the ids that can be sampled.
-    self._num_ids = min(weights.num_ids, self._vocab_size)
+    self._num_ids = min(weights.num_ids, placement.num_ids)
+    self._num_rows = min(self._num_ids, placement.vocab_size)  # of a device
     self._padding_slot = config.max_sequences
     self._most = max(width for _, width in config.verified_shapes()) - 1
     rows = sorted({rows for rows, _ in config.verified_shapes()})
@@ -143,9 +147,8 @@ class DraftHead:
   @property
   def num_bytes(self) -> int:
     """Bytes of the head, and of its rows of the unembedding."""
-    return self._weights.num_bytes(
-      self._model.config.model_width, self._ports.dtype
-    )
+    weights = dataclasses.replace(self._weights, num_ids=self._num_rows)
+    return weights.num_bytes(self._model.config.model_width, self._ports.dtype)
 
   def bytes_per_token(self, kv_dtype: Any) -> float:
     """Bytes of the hidden state of one token.
@@ -166,24 +169,24 @@ class DraftHead:
     self._page_size = state.kv_cache[-1].page_size
     dtype, shared = self._ports.dtype, layered.parted(params)[0]
     head = jax.tree.map(lambda x: jnp.asarray(x, dtype), self._weights.head)
-    table_KD = jax.eval_shape(self._rows_of, shared)
-    self._drawing = Drawing(head, table_KD)
+    self._first_rows = self._placement.lower_drafts(
+      first_rows,
+      shared,
+      form=results.Form(results.ROWS),
+      model=self._model,
+      num_rows=self._num_rows,
+      dtype=jnp.dtype(dtype),
+    ).compile()
+    table_KD = self._first_rows.out_info
+    self._drawing = Drawing(self._placement.copied(head), table_KD)
     arrays = shared, self._drawing, state.kv_cache[-1], state.slots
     self._shapes = jax.tree.map(_abstract, arrays)
 
   def use(self, params: device_state.Params) -> None:
     """Takes the tables of the model, which the engine computes with now."""
     self._shared = layered.parted(params)[0]
-    table_KD = self._rows_of(self._shared)
+    table_KD = self._first_rows(self._shared)
     self._drawing = self._drawing._replace(table_KD=table_KD)
-
-  def _rows_of(self, shared: device_state.Params) -> jax.Array:
-    return first_rows(
-      shared,
-      model=self._model,
-      num_ids=self._num_ids,
-      dtype=jnp.dtype(self._ports.dtype),
-    )
 
   @property
   def arrays(self) -> Drawing:
@@ -199,13 +202,15 @@ class DraftHead:
     if not is_now or self._compiled:
       return
     self._compiled = {
-      num: draft.lower(
+      num: self._placement.lower_drafts(
+        draft,
         *self._shapes,
         np.zeros((len(Inputs._fields), num), np.int32),
+        form=results.alike(),
         most=self._most,
         model=self._model,
         ports=self._ports,
-        vocab_size=self._vocab_size,
+        num_ids=self._num_ids,
       ).compile()
       for num in self._rows
     }
@@ -268,7 +273,7 @@ class DraftHead:
 
 
 @functools.partial(
-  jax.jit, static_argnames=('most', 'model', 'ports', 'vocab_size')
+  jax.jit, static_argnames=('most', 'model', 'ports', 'num_ids')
 )
 def draft(
   shared: device_state.Params,
@@ -280,7 +285,7 @@ def draft(
   most: int,
   model: transformer.Transformer,
   ports: Ports,
-  vocab_size: int,
+  num_ids: int,
 ) -> jax.Array:
   """Drafts the next tokens of D sequences; returns them, int32 [G, D].
 
@@ -294,13 +299,15 @@ def draft(
     most: G, the largest number of drafted tokens.
     model: of the engine.
     ports: of its products.
-    vocab_size: V, ids that may be sampled.
+    num_ids: ids that may be guessed.
   """
   inputs = Inputs(*inputs_ID)
   sampler = sampler_lib.take(slots.sampler, inputs.slots_D)
   softcap = model.config.logit_softcap
   stored_DC = hidden.kv_PQYC[inputs.pages_D, inputs.places_D, 0]
-  num_left = vocab_size - len(drawing.table_KD)
+  num_local = slots.seen_BV.shape[1]
+  num_left = num_local - len(drawing.table_KD)
+  is_guessed_1V = vocabulary.here().ids(num_local)[None] < num_ids
 
   def is_left(carry) -> jax.Array:
     return carry[0] < jnp.max(inputs.lengths_D)
@@ -316,11 +323,8 @@ def draft(
     logits_DK = draft_head.logits(
       states_DD, drawing.table_KD, softcap, model.dtype, ports.unembed
     )
-    logits_DV = jnp.pad(
-      logits_DK,
-      ((0, 0), (0, num_left)),
-      constant_values=cross_entropy.MASKED,
-    )
+    logits_DV = jnp.pad(logits_DK, ((0, 0), (0, num_left)))
+    logits_DV = jnp.where(is_guessed_1V, logits_DV, cross_entropy.MASKED)
     last_D = sampler_lib.sample(
       logits_DV,
       sampler,
@@ -339,17 +343,17 @@ def draft(
   return jax.lax.while_loop(is_left, step, carry)[-1]
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'num_ids', 'dtype'))
+@functools.partial(jax.jit, static_argnames=('model', 'num_rows', 'dtype'))
 def first_rows(
   shared: device_state.Params,
   *,
   model: transformer.Transformer,
-  num_ids: int,
+  num_rows: int,
   dtype: Any,
 ) -> jax.Array:
   """Returns the first rows of a model's unembedding, [K, D], in a dtype."""
   table_VD = steps.apply(model, shared, method='head_matrix')
-  return table_VD[:num_ids].astype(dtype)
+  return table_VD[:num_rows].astype(dtype)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -10,6 +10,11 @@ Which tokens it drafts changes the time of an answer, and never a token of it:
 so it has fast numerics beside a model with invariant ones, and guesses for
 adapters, too, as their base would answer.
 
+Where devices share the model, each has a copy of the draft model and of its
+pages, and all compute the same: it is small, and parts of it would wait for
+each other more than they compute. The samples are made as those of the model
+are, each device with its part of the vocabulary, so they have the same noise.
+
 Reference: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
 """
 
@@ -30,10 +35,12 @@ from inference.engine import (
   inputs as inputs_lib,
 )
 from inference.engine.drafting import draft_steps
-from inference.engine.spread import placement as placement_lib
+from inference.engine.spread import placement as placement_lib, results
 from inference.scheduling import page_tables
 from inference.speculation import followed as followed_lib, source
 from models import kv_cache as kv_cache_lib, model_config, transformer
+
+_FORM = results.alike(donated=(1,))  # of the programs, which donate the pages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,13 +68,13 @@ class DraftModel:
     Args:
       weights: of the model.
       config: of the engine.
-      placement: of the engine, one device.
+      placement: of the engine.
 
     Raises:
-      ValueError: the engine has a number of devices or a way of computing that
-        the model does not support.
+      ValueError: the engine has a way of computing that the model does not
+        support.
     """
-    self._weights = weights
+    self._weights, self._placement = weights, placement
     self._model_config = dataclasses.replace(weights.config, scan_layers=False)
     platform, dtype = placement.device.platform, weights.dtype
     self._backend = backend(
@@ -78,7 +85,7 @@ class DraftModel:
       jnp.dtype(weights.dtype),
       self._backend.execution,
     )
-    self._vocab_size = placement.vocab_size
+    self._vocab_size = placement.num_ids
     self._chunk_tokens = config.chunk_tokens
     context = config.context(placement.model.max_length)
     self._table_width = config.table_width(context)
@@ -113,14 +120,16 @@ class DraftModel:
     self._page_size = page_size
     self._slots = jax.tree.map(_abstract, state.slots)
     self._followed = followed_lib.Followed(page_size)
-    self._params = self._backend.read(self._weights.params, self._model_config)
-    self._kv_cache: Any = kv_cache_lib.init_pages(
+    params = self._backend.read(self._weights.params, self._model_config)
+    self._params = self._placement.copied(params)
+    kv_cache = kv_cache_lib.init_pages(
       self._model_config,
       num_pages=num_pages,
       page_size=page_size,
       dtype=self._backend.kv_dtype,
       channels=self._backend.channels,
     )
+    self._kv_cache: Any = self._placement.copied(kv_cache)
     self._shapes = jax.tree.map(_abstract, self.arrays)
 
   def use(self, params: device_state.Params) -> None:
@@ -144,16 +153,23 @@ class DraftModel:
       for num in self._chunks:
         layout = self._layout(num)
         flat_I = np.zeros((layout.size,), np.int32)
-        lowered = draft_steps.extend.lower(
-          *self._shapes, flat_I, layout=layout, model=self._model
+        lowered = self._placement.lower_drafts(
+          draft_steps.extend,
+          *self._shapes,
+          flat_I,
+          form=_FORM,
+          layout=layout,
+          model=self._model,
         )
         made['extend', num] = pool.submit(lowered.compile)
       for num in self._rows:
         flat_I, _ = draft_steps.empty(num, self._table_width, 0)
-        lowered = draft_steps.draft.lower(
+        lowered = self._placement.lower_drafts(
+          draft_steps.draft,
           *self._shapes,
           self._slots,
           flat_I,
+          form=_FORM,
           num_rows=num,
           most=self._most,
           model=self._model,
@@ -312,6 +328,10 @@ def backend(
   Raises:
     ValueError: no way supports the model.
   """
-  # A guess needs no numerics of its own, and no kernel.
-  fast = dataclasses.replace(config, numerics='fast', attention='auto')
+  # A guess needs no numerics of its own, and no kernel. Every device has all of
+  # the model.
+  fast = dataclasses.replace(
+    config, numerics='fast', attention='auto', tensor=1, tensor_parts=0,
+    experts=1,
+  )  # fmt: skip
   return execution.choose(fast, model, dtype, platform)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inference.engine import device_state, inputs as inputs_lib, steps
-from inference.sampling import sampler as sampler_lib
+from inference.sampling import sampler as sampler_lib, vocabulary
 from models import transformer
 
 # Known tokens that `draft` computes at most, per sequence. After a draft that
@@ -167,8 +167,9 @@ def draft(
     kv_cache, logits_DV = steps.decode_step(
       params, kv_cache, zeros_D, now, model=model, vocab_size=vocab_size
     )
+    # Devices that share the model that is served share its vocabulary.
     last_D = sampler_lib.sample(
-      logits_DV,
+      vocabulary.here().own(logits_DV, slots.seen_BV.shape[1]),
       sampler,
       slots.seen_BV,
       positions_D + 1,

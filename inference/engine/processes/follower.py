@@ -21,7 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from frozen import format as frozen_format
-from inference.engine import device_state, engine_config, loaded
+from inference.engine import (
+  adapter_table,
+  device_state,
+  engine_config,
+  loaded,
+)
 from inference.engine.processes import leader as leader_lib, told
 from inference.engine.spread import placement as placement_lib, pool as pool_lib
 from parallel import frames, processes, pulse
@@ -142,7 +147,8 @@ class _Follower:
       leader_lib.gathered(weight)
     else:
       assert verb == 'release', verb
-      for leaf in jax.tree.leaves((engine.params, engine.state)):
+      held = engine.params, engine.state, engine.adapters.table
+      for leaf in jax.tree.leaves(held):
         leaf.delete()
       self._engine = None
 
@@ -204,6 +210,7 @@ def _made(load: Load, frozen: frozen_format.Opened) -> told.Repeated:
     devices=jax.devices(),
   )
   backend = placement_lib.backend_of(placement, config, params, dtype)
+  adapters = adapter_table.made(config, params, dtype, placement)
   context = config.context(model_config.max_length)
   made = loaded.load(
     placement,
@@ -213,5 +220,8 @@ def _made(load: Load, frozen: frozen_format.Opened) -> told.Repeated:
     config=config,
     dtype=dtype,
     vocab_size=tokenizer.vocab_size,
+    beside=adapters.beside,
   )
-  return told.Repeated(made.programs, made.params, made.state)
+  return told.Repeated(
+    made.programs, made.params, made.state, placement.adapters, adapters
+  )

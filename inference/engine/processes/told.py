@@ -6,15 +6,22 @@ not among them: each process has its own part of the same ones.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import dataclasses
 import functools
 import threading
 from typing import Any
 
 import numpy as np
 
-from inference.engine import device_state, steps
+from inference.engine import (
+  adapter_table,
+  device_state,
+  engine_config,
+  steps,
+)
 from inference.engine.compiled import keys as keys_lib, late, programs
 from inference.engine.processes import leader as leader_lib
+from inference.engine.spread import placement as placement_lib
 
 
 class Programs(programs.Programs):
@@ -28,6 +35,7 @@ class Programs(programs.Programs):
       **fields: of `programs.Programs`.
     """
     self._leader, self._is_told = leader, False
+    self._places: adapter_table.Places = fields['placement'].adapters
     # The others compile the same programs at the same time. None may be called
     # that one of them lacks.
     super().__init__(**{**fields, 'compile_all': True})
@@ -87,6 +95,10 @@ class Programs(programs.Programs):
     with self._told('recount', slot, tuple(ids), num_prompt_tokens):
       return self._noted(super().recount(state, slot, ids, num_prompt_tokens))
 
+  def put_adapter(self, table, slot, row):
+    with self._told('put_adapter', slot, row):
+      return super().put_adapter(table, slot, self._places.row(row, table))
+
   def copy_pages(self, state, copies):
     with self._told('copy_pages', copies):
       return self._noted(super().copy_pages(state, copies))
@@ -97,6 +109,40 @@ def maker(leader: leader_lib.Leader | None) -> Callable[..., programs.Programs]:
   if leader is None:
     return programs.Programs
   return functools.partial(Programs, leader)
+
+
+def table(
+  leader: leader_lib.Leader | None,
+  config: engine_config.EngineConfig,
+  params: device_state.Unread,
+  dtype: Any,
+  placement: placement_lib.Placement,
+) -> adapter_table.AdapterTable:
+  """Returns the empty table of an engine, with or without other processes."""
+  if leader is None:
+    return adapter_table.made(config, params, dtype, placement)
+  return adapter_table.made(config, params, dtype, _Sent(placement.adapters))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sent:
+  """The devices of a table of which every process has a part.
+
+  The row of an adapter stays on the host until `Programs.put_adapter` sends it.
+  """
+
+  places: adapter_table.Places
+
+  @property
+  def adapters(self) -> '_Sent':
+    return self
+
+  def laid_out(self, shapes):
+    return self.places.laid_out(shapes)
+
+  def row(self, row, table):
+    del table
+    return row
 
 
 class _Masks:
@@ -130,15 +176,30 @@ class Repeated:
     compiled: programs.Programs,
     params: device_state.Params,
     state: device_state.State,
+    places: adapter_table.Places,
+    table: adapter_table.AdapterTable,
   ):
-    """Takes the programs, and the weights and the state of these devices."""
+    """Takes the programs, and what these devices have.
+
+    Args:
+      compiled: the programs.
+      params: the weights.
+      state: of the engine.
+      places: of adapters.
+      table: of adapters.
+    """
     self.programs, self.params, self.state = compiled, params, state
+    self._places, self.adapters = places, table
     self._pending: Any = None  # of the latest `forward` or `verify`
+
+  @property
+  def _all_params(self) -> device_state.Params:
+    return self.adapters.beside(self.params)
 
   def verify(self, shape: keys_lib.Verified, flat_I: np.ndarray) -> None:
     """Repeats `Programs.verify`."""
     self.state, self._pending = self.programs.verify(
-      shape, self.params, self.state, flat_I
+      shape, self._all_params, self.state, flat_I
     )
 
   def accept(self, flat_I: np.ndarray, allowed_XRW: np.ndarray | None) -> None:
@@ -148,12 +209,14 @@ class Repeated:
 
   def step(self, shape: steps.Shape, flat_I: np.ndarray) -> None:
     """Repeats `Programs.step`."""
-    self.state, _ = self.programs.step(shape, self.params, self.state, flat_I)
+    self.state, _ = self.programs.step(
+      shape, self._all_params, self.state, flat_I
+    )
 
   def forward(self, shape: steps.Shape, flat_I: np.ndarray) -> None:
     """Repeats `Programs.forward`."""
     self.state, self._pending = self.programs.forward(
-      shape, self.params, self.state, flat_I
+      shape, self._all_params, self.state, flat_I
     )
 
   def sample(self, allowed_RW: np.ndarray | None) -> None:
@@ -170,6 +233,13 @@ class Repeated:
     """Repeats `Programs.recount`."""
     self.state = self.programs.recount(self.state, slot, ids, num_prompt_tokens)
 
+  def put_adapter(self, slot: int, row: adapter_table.Table) -> None:
+    """Repeats `Programs.put_adapter`."""
+    table = self.adapters.table
+    assert table is not None
+    own = self._places.row(row, table)
+    self.adapters.table = self.programs.put_adapter(table, slot, own)
+
   def copy_pages(self, copies: list[tuple[int, int]]) -> None:
     """Repeats `Programs.copy_pages`."""
     self.state = self.programs.copy_pages(self.state, copies)
@@ -179,6 +249,6 @@ class Repeated:
 VERBS = frozenset(
   {
     'verify', 'accept', 'step', 'forward', 'sample', 'seat', 'recount',
-    'copy_pages',
+    'copy_pages', 'put_adapter',
   }
 )  # fmt: skip

@@ -35,6 +35,7 @@ class Layout:
   model: model_config.ModelConfig  # of separate layers
   vocab_size: int  # V, ids that may be sampled
   num_parts: int
+  num_expert_groups: int = 1  # of parts, see `EngineConfig.experts`
 
   @functools.cached_property
   def heads(self) -> heads_lib.Heads:
@@ -189,3 +190,34 @@ def separate(shapes: Any, model: model_config.ModelConfig) -> Any:
   return jax.eval_shape(
     lambda tree: model_layout.unstack(tree, model)[0], shapes
   )
+
+
+def unstacked(tree: dict[str, Any]) -> dict[str, Any]:
+  """Returns the weights of a collection with a tree for each layer."""
+  tree = dict(tree)
+  stacked = tree.pop(axes.LAYERS, None)
+  if stacked is None:
+    return tree
+  leaves, structure = jax.tree.flatten(
+    stacked, is_leaf=lambda x: isinstance(x, list)
+  )
+  for n, layer in enumerate(zip(*leaves, strict=True)):
+    tree[f'layer_{n}'] = jax.tree.unflatten(structure, layer)
+  return tree
+
+
+@dataclasses.dataclass(frozen=True)
+class OfModel:
+  """A weight of the model, which becomes an array when it is asked for."""
+
+  weight: jax.Array  # of all parts
+  shape: tuple[int, ...]  # of the model
+  inverse: Callable[[np.ndarray], np.ndarray]  # of its layout
+
+  @property
+  def dtype(self) -> Any:
+    return self.weight.dtype
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    del dtype, copy
+    return np.asarray(self.inverse(np.asarray(self.weight)), order='C')

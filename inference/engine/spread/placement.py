@@ -6,7 +6,7 @@ mesh. Over several devices each program of `compiled` runs inside
 `spread.layout` and `parallel.tensor.ports`. The host plans once, for all.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import functools
 import math
@@ -89,6 +89,21 @@ class Placement(programs.Placement, Protocol):
     """
     ...
 
+  @property
+  def num_ids(self) -> int:
+    """V, ids that may be sampled; `vocab_size` counts those of a device."""
+    ...
+
+  def copied(self, tree: Any) -> Any:
+    """Returns arrays of which every device has a copy."""
+    ...
+
+  def lower_drafts(
+    self, function: Any, *args: Any, form: results.Form, **static: Any
+  ) -> Any:
+    """Returns a jitted function of drafts, traced; `form` is of devices."""
+    ...
+
   def state(
     self, model: transformer.Transformer, **sizes: Any
   ) -> device_state.State:
@@ -144,6 +159,17 @@ class OneDevice:
   def lower(self, function, *args, **static):
     return function.lower(*args, **static)
 
+  @property
+  def num_ids(self) -> int:
+    return self.vocab_size
+
+  def copied(self, tree):
+    return tree
+
+  def lower_drafts(self, function, *args, form, **static):
+    del form
+    return function.lower(*args, **static)
+
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
@@ -153,7 +179,7 @@ class Spread:
   layout: layout_lib.Layout
   shapes_of_model: Any  # of its params, with separate layers
   is_invariant: bool
-  num_expert_groups: int = 1  # of parts, see `EngineConfig.experts`
+  keeps_hidden: bool = False  # in pages, see `device_state.init_state`
   is_spread = True
 
   @property
@@ -200,7 +226,10 @@ class Spread:
         unembed=by_part.Unembed(given.unembed, num),
         attend_cached=by_part.AttendCached(given.attend_cached, num),
         apply_experts=by_part.Experts(
-          given.apply_experts, num, self.num_expert_groups
+          given.apply_experts,
+          given.linear,
+          num,
+          self.layout.num_expert_groups,
         ),
       )
     else:
@@ -208,7 +237,7 @@ class Spread:
         spread,
         heads_mean_square=mean_square,
         joined=ports.Joined(given.linear),
-        apply_experts=ports.Experts(given.apply_experts),
+        apply_experts=ports.Experts(given.apply_experts, given.linear),
       )
     # Transposed kernels would have no logical axes.
     return backend._replace(
@@ -284,7 +313,7 @@ class Spread:
       return jax.make_array_from_callback(weight.shape, sharding, part)
 
     read = params.read(placed)
-    read = {name: _unstacked(tree) for name, tree in read.items()}
+    read = {name: layout_lib.unstacked(tree) for name, tree in read.items()}
 
     def served(path, leaf):
       own = cuts.get('/'.join(axes.names(path)))
@@ -307,9 +336,9 @@ class Spread:
     def lazily(path, like, leaf):
       if stored_tree.is_stored(like):
         cut = stored_lib.cut(self.layout, path, like)
-        return cut.of_model(leaf, _OfModel)
+        return cut.of_model(leaf, layout_lib.OfModel)
       names = self.layout.names_of(path, like)
-      return _OfModel(
+      return layout_lib.OfModel(
         leaf,
         like.shape,
         lambda weight: self.layout.of_model(weight, names, like.shape),
@@ -339,7 +368,7 @@ class Spread:
 
     shardings = jax.tree.map(
       lambda spec: NamedSharding(self.mesh, spec),
-      results.state(whole.config),
+      results.state(whole.config, self.keeps_hidden),
       is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
     return init, shardings
@@ -353,7 +382,17 @@ class Spread:
     )
 
   def lower(self, function, *args, **static):
-    form = results.forms(self.model)[function]
+    form = results.forms(self.model, self.keeps_hidden)[function]
+    return self.lower_drafts(function, *args, form=form, **static)
+
+  @property
+  def num_ids(self) -> int:
+    return self.layout.vocab_size
+
+  def copied(self, tree):
+    return jax.device_put(tree, rules.replicated(self.mesh))
+
+  def lower_drafts(self, function, *args, form, **static):
     given = jax.tree.map(self._abstract, args)
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, given)
     spread = jax.shard_map(
@@ -371,23 +410,6 @@ class Spread:
     if not isinstance(sharding, NamedSharding):
       sharding = rules.replicated(self.mesh)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-@dataclasses.dataclass(frozen=True)
-class _OfModel:
-  """A weight of the model, which becomes an array when it is asked for."""
-
-  weight: jax.Array  # of all parts
-  shape: tuple[int, ...]  # of the model
-  inverse: Callable[[np.ndarray], np.ndarray]  # of its layout
-
-  @property
-  def dtype(self) -> Any:
-    return self.weight.dtype
-
-  def __array__(self, dtype=None, copy=None) -> np.ndarray:
-    del dtype, copy
-    return np.asarray(self.inverse(np.asarray(self.weight)), order='C')
 
 
 def make(
@@ -420,7 +442,7 @@ def make(
       f'engine.tensor: got {config.tensor}, expected at most the number of'
       f' devices, {len(devices)}; lower it'
     )
-  refusals.check(config, model, params.shapes)
+  refusals.check(config, model)
   # JAX may have a cache by its own variable: a replica that read a program of
   # several CPU devices from it crashed in its first step.
   compilation_cache.leave_out_collectives()
@@ -432,11 +454,15 @@ def make(
     devices[: config.tensor],
   )
   layout = layout_lib.Layout(
-    model=model, vocab_size=vocab_size, num_parts=config.num_parts
+    model=model,
+    vocab_size=vocab_size,
+    num_parts=config.num_parts,
+    num_expert_groups=config.experts,
   )
   is_invariant = config.numerics == 'invariant'
   shapes = layout_lib.separate(params.shapes, model)
-  return Spread(mesh, layout, shapes, is_invariant, config.experts)
+  keeps_hidden = config.speculation == 'head'
+  return Spread(mesh, layout, shapes, is_invariant, keeps_hidden)
 
 
 def backend_of(
@@ -458,17 +484,3 @@ def backend_of(
 
 def _lying(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _unstacked(tree: dict[str, Any]) -> dict[str, Any]:
-  """Returns the weights of a collection with a tree for each layer."""
-  tree = dict(tree)
-  stacked = tree.pop(axes.LAYERS, None)
-  if stacked is None:
-    return tree
-  leaves, structure = jax.tree.flatten(
-    stacked, is_leaf=lambda x: isinstance(x, list)
-  )
-  for n, layer in enumerate(zip(*leaves, strict=True)):
-    tree[f'layer_{n}'] = jax.tree.unflatten(structure, layer)
-  return tree

@@ -13,6 +13,7 @@ from models import kv_cache, model_config
 from parallel.tensor import ports
 
 _ALL = P()  # all devices have the same
+ROWS = P(ports.AXIS)  # of a table
 LOGITS = P(None, ports.AXIS)  # [R, V], and token counts
 
 
@@ -23,20 +24,35 @@ class Form(NamedTuple):
   donated: tuple[int, ...] = ()
 
 
-def state(model: model_config.ModelConfig) -> Any:
-  """Returns the specs of the state of an engine."""
+def alike(donated: tuple[int, ...] = ()) -> Form:
+  """Returns the form of a program whose results all devices have."""
+  return Form(_ALL, donated)
+
+
+def state(model: model_config.ModelConfig, keeps_hidden: bool = False) -> Any:
+  """Returns the specs of the state of an engine.
+
+  Args:
+    model: that is served.
+    keeps_hidden: whether the last pages are those of final hidden states.
+  """
   rows, _ = kv_cache.rows_and_width(model)
   # [P, Q, Y, C] and the scales [P, Q, Y]: a device has the pages of its heads.
   # The latents of a token belong to all heads.
   pages = _ALL if rows == 1 else P(None, None, ports.AXIS)
+  pages = (pages,) * model.num_layers
+  if keeps_hidden:
+    pages = (*pages, _ALL)
   slots: Any = dict.fromkeys(device_state.Slots._fields, _ALL)
   slots['seen_BV'] = LOGITS
   return device_state.State(pages, device_state.Slots(**slots))  # pyright: ignore
 
 
-def forms(model: model_config.ModelConfig) -> dict[Any, Form]:
-  """Returns the form of each jitted function."""
-  specs = state(model)
+def forms(
+  model: model_config.ModelConfig, keeps_hidden: bool = False
+) -> dict[Any, Form]:
+  """Returns the form of each jitted function; arguments are of `state`."""
+  specs = state(model, keeps_hidden)
   pages, slots = specs
   return {
     jitted.decode_steps: Form((specs, _ALL), (1,)),

@@ -8,6 +8,10 @@ order mixes the inputs, the kernel is cut along its outputs in place of its
 inputs (`models.linear.stored.across`): a device has the same share of it, and
 devices send inputs and outputs in place of terms.
 
+Of the experts of a mixture, W [expert, in, out], a group of devices has some
+whole, and the devices of a group cut these as above, among themselves. With one
+device per group no expert is cut.
+
 The filling is zero: codes of zero, and scales whose bytes are zero.
 """
 
@@ -42,18 +46,22 @@ class Array(NamedTuple):
 
   shape: tuple[int, ...]
   dtype: Any
-  axis: int | None  # that is cut; None: every device has all of it
+  cut: Mapping[int, Any]  # axes that are cut, and the axes of the mesh there
 
   def sharding(self, mesh: Mesh) -> NamedSharding:
     """Returns how the array lies over devices."""
-    axes_of = range(len(self.shape))
-    spec = [ports.AXIS if n == self.axis else None for n in axes_of]
+    spec = [self.cut.get(n) for n in range(len(self.shape))]
     return NamedSharding(mesh, PartitionSpec(*spec))
 
-  def num_bytes(self, num_devices: int) -> int:
-    """Returns the bytes on one of so many devices."""
-    shared = 1 if self.axis is None else num_devices
-    return math.prod(self.shape) * np.dtype(self.dtype).itemsize // shared
+  def num_bytes(self, num_devices: int, num_groups: int) -> int:
+    """Returns the bytes on one of the devices of so many groups."""
+    shared = {
+      ports.AXIS: num_devices,
+      ports.EXPERT: num_groups,
+      ports.TENSOR: num_devices // num_groups,
+    }
+    num = math.prod(shared[axis] for axis in self.cut.values())
+    return math.prod(self.shape) * np.dtype(self.dtype).itemsize // num
 
 
 class _Gather(NamedTuple):
@@ -107,6 +115,17 @@ class Cut:
   out: str | None  # of the outputs
 
   @property
+  def has_experts(self) -> bool:
+    """Whether the kernel has a matrix per expert."""
+    return self.kernel.ndim > 2
+
+  @property
+  def _num_parts(self) -> int:
+    """The parts that share a matrix."""
+    groups = self.layout.num_expert_groups if self.has_experts else 1
+    return self.layout.num_parts // groups
+
+  @property
   def is_across(self) -> bool:
     """Whether outputs are cut in place of inputs."""
     return self.layout.is_cut(self.into) and self._units is None
@@ -119,30 +138,35 @@ class Cut:
   def num_weights(self, num_devices: int) -> int:
     """Returns the weights that a device would have of a kernel of floats."""
     names = self.into, self.out
-    total = math.prod(
+    *leading, rows, columns = self.kernel.shape
+    total = math.prod(leading) * math.prod(
       len(self.layout.index(name, size))
-      for name, size in zip(names, self.kernel.shape, strict=True)
+      for name, size in zip(names, (rows, columns), strict=True)
     )
-    is_cut = any(map(self.layout.is_cut, names))
+    is_cut = self.has_experts or any(map(self.layout.is_cut, names))
     return total // num_devices if is_cut else total
 
   def num_bytes(self, num_devices: int) -> int:
     """Returns the bytes of the kernel on one of so many devices."""
-    return sum(each.num_bytes(num_devices) for each in self.arrays.values())
+    groups = min(self.layout.num_expert_groups, num_devices)
+    arrays = self.arrays.values()
+    return sum(each.num_bytes(num_devices, groups) for each in arrays)
 
   @functools.cached_property
   def arrays(self) -> Mapping[str, Array]:
     """The arrays of all parts, by name."""
     found = {}
     for name, array in _arrays(self.kernel).items():
-      shape, axis = list(array.shape), None
+      shape = list(array.shape)
+      cut: dict[int, Any] = {0: ports.EXPERT} if self.has_experts else {}
       for n, gather in self._gathers(name):
-        shape[n], axis = gather.total, n
-      found[name] = Array(tuple(shape), array.dtype, axis)
+        shape[n] = gather.total
+        cut[n] = ports.TENSOR if self.has_experts else ports.AXIS
+      found[name] = Array(tuple(shape), array.dtype, cut)
     if self._has_places:
       found.pop('order', None)
-      shape = self.kernel.shape[:1]
-      found[_PLACES] = Array(shape, np.dtype(np.int32), None)
+      shape = self.kernel.shape[-2:-1]
+      found[_PLACES] = Array(shape, np.dtype(np.int32), {})
     return found
 
   def shapes(self, mesh: Mesh) -> Any:
@@ -231,14 +255,14 @@ class Cut:
   @functools.cached_property
   def _inputs(self) -> np.ndarray:
     """The inputs of the model that all parts have, in their order; -1: none."""
-    return self.layout.index(self.into, self.kernel.shape[0])
+    return self.layout.index(self.into, self.kernel.shape[-2])
 
   @functools.cached_property
   def _units(self) -> np.ndarray | None:
     """The same in units; None: inputs are not cut, or cannot be."""
-    unit, inputs, size = self._unit, self._inputs, self.kernel.shape[0]
+    unit, inputs, size = self._unit, self._inputs, self.kernel.shape[-2]
     is_possible = self.layout.is_cut(self.into) and self.kernel.order is None
-    if not is_possible or len(inputs) % (unit * self.layout.num_parts):
+    if not is_possible or len(inputs) % (unit * self._num_parts):
       return None
     found = inputs.reshape(-1, unit)
     first = found[:, 0]
@@ -272,9 +296,9 @@ class Cut:
   @functools.cached_property
   def _outputs(self) -> np.ndarray | None:
     """The outputs of the model that all parts have; None: they are not cut."""
-    width = self.kernel.shape[1]
+    width = self.kernel.shape[-1]
     if self.is_across:
-      spare = -width % self.layout.num_parts
+      spare = -width % self._num_parts
       return np.concatenate([np.arange(width), np.full(spare, -1)])
     if not self.layout.is_cut(self.out):
       return None
@@ -283,9 +307,10 @@ class Cut:
   @property
   def _has_places(self) -> bool:
     """Whether the kernel says where its inputs are among those of all parts."""
-    if not self.is_across:
+    # Experts are filled with nothing, and keep an order of theirs.
+    if not self.is_across or self.has_experts:
       return False
-    own = np.arange(self.kernel.shape[0])
+    own = np.arange(self.kernel.shape[-2])
     is_alike = np.array_equal(self._inputs, own)
     return not is_alike or self.kernel.order is not None
 
@@ -299,19 +324,23 @@ class Cut:
     """Yields how each axis of an array that is cut is laid out."""
     if name not in ('values', 'data', 'scales', 'mins'):
       return
-    rows, columns = _arrays(self.kernel)[name].shape
+    *leading, rows, columns = _arrays(self.kernel)[name].shape
+    axis_out, axis_in = len(leading), len(leading) + 1
     tile_out, tile_in = 1, None
     if isinstance(self.kernel, kernel_lib.Kernel) and name != 'values':
       tile_out, tile_in = self.kernel.tile
     if (pieces := self._outputs) is not None:
-      yield 0, _Gather(np.where(pieces < 0, -1, pieces // tile_out), 1, rows)
+      yield (
+        axis_out,
+        _Gather(np.where(pieces < 0, -1, pieces // tile_out), 1, rows),
+      )
     if (pieces := self._units) is not None:
       if tile_in is None:
         # Codes may share a byte, and blocks have bytes of scales.
-        size = self.kernel.shape[0]
-        yield 1, _Gather(pieces, self._unit * columns // size, columns)
+        size = self.kernel.shape[-2]
+        yield axis_in, _Gather(pieces, self._unit * columns // size, columns)
       elif not self._has_wide_tiles:
-        yield 1, _Gather(pieces, self._unit // tile_in, columns)
+        yield axis_in, _Gather(pieces, self._unit // tile_in, columns)
 
   def _built(self, arrays: Mapping[str, Any]) -> Any:
     """Returns the kernel of the arrays of all parts."""
@@ -327,7 +356,7 @@ class Cut:
       made.tile = tile_out, tile_in
     if not self.is_across:
       return made
-    return across_lib.Across(made, places, self.kernel.shape[1])
+    return across_lib.Across(made, places, self.kernel.shape[-1])
 
 
 def cuts(layout: layout_lib.Layout, shapes: Any) -> dict[str, Cut]:
@@ -349,9 +378,11 @@ def cuts(layout: layout_lib.Layout, shapes: Any) -> dict[str, Cut]:
 
 def cut(layout: layout_lib.Layout, path: Any, kernel: Any) -> Cut:
   """Returns how the kernel of a path lies over parts."""
-  into, out = axes.names_of(path, kernel)
+  *_, into, out = axes.names_of(path, kernel)
   if into == axes.VOCAB:  # a table is the kernel of its product
     into, out = out, into
+  if kernel.ndim > 2 and layout.num_parts == layout.num_expert_groups:
+    into = out = None  # each part has whole experts
   return Cut(layout, kernel, into, out)
 
 

@@ -1,4 +1,4 @@
-"""The server as an application of Ray Serve, for clusters that have Ray.
+r"""The server as an application of Ray Serve, for clusters that have Ray.
 
     pip install -r requirements-ray.txt
     serve run inference.server.ray_serve.application:build model=runs/s/frozen \
@@ -7,7 +7,12 @@
 Arguments are flags of serve.py, and those of `arguments.py`. Each replica of
 Ray runs one serve.py and hands requests on to it, so API, limits and drain are
 those of the server. Ray places replicas, starts one again that is not healthy,
-and adds or removes some by load (`replicas=auto`). Each has its own count of
+and adds or removes some by their open requests (`replicas=auto`, `scaling.py`):
+
+    serve run inference.server.ray_serve.application:build model=runs/s/frozen \
+      api_keys=keys.txt num_gpus=1 replicas=auto max_replicas=16
+
+Each has its own count of
 requests and money: limits and budgets of a key are those of one replica.
 """
 
@@ -60,11 +65,5 @@ def build(arguments: arguments_lib.Arguments) -> serve.Application:
   """
   arguments.check()
   return Server.options(  # pyright: ignore[reportAttributeAccessIssue]
-    num_replicas=arguments.replicas,
-    max_ongoing_requests=arguments.max_ongoing_requests,
-    graceful_shutdown_timeout_s=arguments.drain_seconds + 10,
-    ray_actor_options={
-      'num_gpus': arguments.num_gpus,
-      'num_cpus': arguments.num_cpus,
-    },
+    **arguments.options()
   ).bind(arguments)

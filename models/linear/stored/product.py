@@ -176,16 +176,26 @@ def grouped(
 
   Args:
     x_JI: rows, sorted by group: the rows of group 0, then of group 1, ...
-    w_EIO: a kernel with a matrix per group; stored, or floats.
+    w_EIO: a kernel with a matrix per group; stored, or floats, if they are
+      multiplied as stored ones are.
     sizes_E: int32, rows of each group. Rows past the sum of the sizes are in no
       group; their result is zero.
     dtype: dtype of the computation and the result.
-    multiply: the port that multiplies by a block of floats.
+    multiply: the port that multiplies by a block of floats; of `Parts` if the
+      kernel is cut over devices in a way that the product has to know.
     computed: `Execution.stored`.
   """
-  is_stored = isinstance(w_EIO, Stored)
-  product = computed if is_stored else _in_pieces
-  return product(x_JI, w_EIO, jnp.dtype(dtype), multiply, sizes_E).astype(dtype)
+
+  def of_part(multiply: Any, x_JI: jax.Array, w_EIO: Any, _=None) -> jax.Array:
+    product = computed if isinstance(w_EIO, Stored) else _in_pieces
+    y_JO = product(x_JI, w_EIO, jnp.dtype(dtype), multiply, sizes_E)
+    return y_JO.astype(dtype)
+
+  if isinstance(w_EIO, across_lib.Across):
+    return multiply.across_parts(of_part, x_JI, w_EIO, dtype)
+  if isinstance(multiply, Parts):
+    return multiply.over_parts(of_part, x_JI, w_EIO, dtype)
+  return of_part(multiply, x_JI, w_EIO)
 
 
 def _in_pieces(x_JI, w_EIO, dtype, multiply, sizes_E) -> jax.Array:

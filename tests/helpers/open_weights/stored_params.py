@@ -23,7 +23,6 @@ def stored(
   scheme: str,
   *,
   has_tables: bool = True,
-  has_experts: bool = True,
 ) -> Any:
   """Returns the variables with every kernel that can be, in a scheme.
 
@@ -32,13 +31,11 @@ def stored(
     scheme: of `round.SCHEMES`, or 'ordered': uint4 with columns in a random
       order, or 'Q8_0': blocks, of rows that 32 divides.
     has_tables: whether embedding and head are stored, too.
-    has_experts: whether kernels of experts are.
   """
 
   def leaf(path, x):
     collection, *_, owner, kind = axes.names(path)
     is_kernel = kind == 'kernel' and owner not in stored_tree.WHOLE
-    is_kernel &= has_experts or not owner.startswith('expert_')
     is_table = has_tables and kind == 'embedding' and owner in _TABLES
     if collection != 'params' or not (is_kernel or is_table):
       return x

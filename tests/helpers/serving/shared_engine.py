@@ -4,7 +4,8 @@
       FIELDS
 
 Process 0 answers prompts and writes the results as JSON. FIELDS are those of
-the config of the engine, as JSON, and `texts`: ids of texts to draft from.
+the config of the engine, as JSON; `texts`: ids of texts to draft from; and
+`adapters`: their directories by name.
 """
 
 import json
@@ -76,16 +77,21 @@ def main() -> None:
   model, out, port, count, index, given = sys.argv[1:]
   fields = json.loads(given)
   known = fields.pop('texts', None)
+  adapters = fields.pop('adapters', {})
   has_grammars = fields.get('constraints', True)
 
   def answer(leader) -> None:
-    config = engine_config.EngineConfig(**LAYOUT, **fields)
-    generator = generate.load(model, config, leader=leader)
+    config = engine_config.EngineConfig(**{**LAYOUT, **fields})
+    generator = generate.load(model, config, adapters=adapters, leader=leader)
     if known:
       guesses.install(generator.engine, guesses.Guesses(known))
     value = generator.engine.metrics.value
     result = {
       'answers': answers(generator, has_grammars=has_grammars),
+      'adapted': {
+        name: answers(generator.adapted(name), has_grammars=False)
+        for name in adapters
+      },
       'metrics': {
         'preemptions': value('preemptions_total'),
         'cached': value('cached_tokens_total'),

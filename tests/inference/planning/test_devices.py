@@ -100,6 +100,18 @@ def _stored(scheme):
   return dataclasses.replace(found, quantization=quantization), params
 
 
+def _stored_mixture(scheme):
+  """Returns the same of a mixture of experts."""
+  config = tiny_models.mixture(
+    model_width=96, expert_width=64, head_width=32, vocab_size=270,
+    num_layers=1, num_shared_experts=0,
+  )  # fmt: skip
+  params = stored_params.stored(frozen_dirs.params(config), scheme)
+  found = subject.of_config(scheme, config, 'float32')
+  quantization = stored_kernels.quantization(params, None)
+  return dataclasses.replace(found, quantization=quantization), params
+
+
 @pytest.mark.parametrize('scheme', ['ordered', 'nvfp4', 'Q8_0'])
 @pytest.mark.parametrize('tensor', [2, 4])
 def test_weights_in_fewer_bits_are_those_that_the_engine_places(scheme, tensor):
@@ -116,6 +128,44 @@ def test_weights_in_fewer_bits_are_those_that_the_engine_places(scheme, tensor):
   # A step reads the head, and one row of the embedding.
   assert 0 < planned.step_bytes(1, 0) < planned.weight_bytes
   assert [each.tensor for each in plan_lib.degrees(planned)] == [1, 2, 4]
+
+
+@pytest.mark.parametrize('scheme', ['ordered', 'nvfp4'])
+@pytest.mark.parametrize('experts', [1, 2, 4])
+def test_experts_in_fewer_bits_are_those_that_the_engine_places(
+  scheme, experts
+):
+  found, params = _stored_mixture(scheme)
+  planned = plan_lib.make(
+    found, 'cpu:4', tensor=4, experts=experts, is_compiled=False
+  )
+  unread = device_state.unread(params)
+  placement = placement_lib.make(
+    engine_config.EngineConfig(tensor=4, experts=experts),
+    planned.config,
+    unread,
+    vocab_size=planned.config.vocab_size,
+  )
+  assert planned.weight_bytes == placement.num_bytes(unread)
+  # An order mixes inputs, unless a device has whole experts.
+  across = [cut for cut in planned.across if cut.has_experts]
+  assert len(across) == (scheme == 'ordered' and experts < 4)
+  # All experts, and the rest but the embedding, which has one row per token.
+  assert planned.step_bytes(10**6, 0) < planned.weight_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('experts', [1, 2])
+def test_a_step_of_experts_cut_along_outputs_sends_as_planned(experts):
+  planned = plan_lib.make(
+    _stored_mixture('ordered')[0], 'cpu:4', tensor=4, experts=experts
+  )
+  assert isinstance(planned.compiled, compile_ahead.Program)
+  assert planned.sends_no_weight
+  # The sum of attention is none, as in a dense model; that of the experts is
+  # over their groups.
+  assert planned.sums_per_step == (experts > 1) + 1
+  assert 'no weight is sent' in report.report(planned)
 
 
 @pytest.mark.slow

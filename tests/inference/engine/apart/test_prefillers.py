@@ -18,6 +18,7 @@ from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from tests.helpers import frozen_dirs, tiny_models
 from tests.helpers.serving import reference_engine
+from tests.helpers.training import tiny_adapters
 
 _LAYOUT = engine_config.EngineConfig(
   max_sequences=4,
@@ -152,6 +153,33 @@ def test_two_engines_that_share_models_over_devices(expected):
 
 
 @pytest.mark.slow
+def test_prompts_of_adapters_are_computed_apart_with_the_same_bits(monkeypatch):
+  room = {'max_adapters': 1, 'max_adapter_rank': 2}
+  engine, one = _engine(prefill_engines=1, **room), _engine(**room)
+  params = frozen_dirs.params(frozen_dirs.config(max_length=128))
+  lengths = _sent(engine, monkeypatch)
+  (other,) = engine._prefillers._prefillers
+  bases = _texts(_answers(one, [_LONG]))
+  try:
+    # The second one takes the slot of the first.
+    for seed, digest in enumerate(('first', 'second'), 1):
+      tree = tiny_adapters.tree(params, seed=seed, rank=2)
+      wanted = [_LONG, dataclasses.replace(_LONG, adapter=digest)]
+      for each in (engine, one):
+        each.adapters.load(digest, tree)
+      found = _texts(_answers(engine, wanted))
+      assert found == _texts(_answers(one, wanted))
+      assert found[0] == bases[0] != found[1]
+      for each in (engine, one):
+        each.adapters.unload(digest)
+    # The prompt of the base, once, and that of each adapter.
+    assert lengths == [96, 96, 96]
+  finally:
+    engine.release()
+  assert other.engine.adapters.digests == []
+
+
+@pytest.mark.slow
 def test_pages_that_find_no_room_are_computed_again(expected):
   # 8 pages: a prompt of 100 tokens and its answer take 7 of them.
   engine = _engine(prefill_engines=1, num_pages=9)
@@ -255,7 +283,6 @@ def test_an_engine_ends_with_the_one_that_computes_its_prompts(monkeypatch):
       {'speculation': 'head', 'draft_head': 'd'},
       'speculation: got head .* expected off or ngram',
     ),
-    ({'max_adapters': 1}, 'max_adapters: got 1 .* expected 0'),
     ({'prefill_engines': -1}, 'prefill_engines: got -1, expected at least 0'),
   ],
 )
@@ -280,11 +307,12 @@ def test_more_engines_than_devices_and_new_weights_are_refused(apart):
 def test_each_engine_for_prompts_takes_as_many_devices_in_one_process():
   config = dataclasses.replace(_LAYOUT, tensor=2, prefill_engines=2)
   assert config.num_devices == 6
-  config_checks.over_processes(_LAYOUT)
+  config_checks.over_processes(dataclasses.replace(_LAYOUT, max_adapters=3))
+  drafting = dataclasses.replace(_LAYOUT, speculation='model', draft_model='d')
   for each, message in (
     (config, 'prefill_engines: got 2 over several'),
-    # Followers have no table of adapters.
-    (dataclasses.replace(_LAYOUT, max_adapters=3), 'max_adapters: got 3 over'),
+    # Followers have no draft model.
+    (drafting, 'speculation: got model over several .* expected off or ngram'),
   ):
     with pytest.raises(ValueError, match=message):
       config_checks.over_processes(each)

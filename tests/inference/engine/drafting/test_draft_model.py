@@ -119,10 +119,6 @@ def test_settings_of_a_draft_model_that_cannot_be_are_refused():
       'draft_model: got none with speculation = model',
     ),
     ({'draft_model': 'd'}, 'draft_model: got d with speculation = off'),
-    (
-      {'speculation': 'model', 'draft_model': 'd', 'tensor': 2},
-      'got model over several devices, expected one device; use ngram',
-    ),
   ):
     with pytest.raises(ValueError, match=message):
       engine_config.EngineConfig(**fields)

@@ -12,6 +12,7 @@ from inference.engine import engine_config
 from tests.helpers import commands, frozen_dirs, tiny_models
 from tests.helpers.open_weights import stored_params
 from tests.helpers.serving import shared_engine
+from tests.helpers.training import tiny_adapters
 
 TIMEOUT_S = 300
 pytestmark = pytest.mark.slow  # processes start and compile
@@ -98,18 +99,28 @@ def test_a_mixture_in_fast_numerics_has_the_bits_of_the_same_devices(tmp_path):
     num_active_experts=2,
     expert_width=32,
   )
-  # All that is multiplied but experts is in fewer bits.
-  params = stored_params.stored(
-    frozen_dirs.params(config), 'int4', has_experts=False
-  )
+  params = stored_params.stored(frozen_dirs.params(config), 'int4')
   frozen_dirs.write(tmp_path / 'model', config=config, params=params)
-  fields = {'tensor': 2, 'experts': 2, 'constraints': False}
+  tiny_adapters.write(tmp_path / 'adapter', tmp_path / 'model', seed=1, rank=3)
+  fields = {
+    'tensor': 2,
+    'experts': 2,
+    'constraints': False,
+    # Which sequences share a step decides the bits of fast numerics: it must
+    # not depend on times.
+    'speculation': 'off',
+    'stream_seconds': 0,
+    'adapters': {'own': str(tmp_path / 'adapter')},
+  }
   one, two = (
     _answers(tmp_path / 'model', tmp_path / str(count), count=count, **fields)
     for count in (1, 2)
   )
   assert one['answers'] == two['answers']
   assert one['digest'] == two['digest']
+  # Process 0 reads the adapter, and sends it.
+  assert one['adapted'] == two['adapted']
+  assert one['adapted']['own'] != one['answers']
 
 
 def test_processes_with_other_weights_are_refused(tmp_path):

@@ -1,5 +1,8 @@
 """Engines of several devices: the bits of one, drafts and grammars."""
 
+import functools
+
+import jax
 import numpy as np
 import pytest
 
@@ -151,3 +154,36 @@ def test_drafts_and_grammars_over_devices():
     assert '\xe0' <= text[3] <= '\xef'
   last = served.completions[3][0]
   assert last.token_ids == reference.answer(greedy[1]).token_ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('drafts', [{'noise': 0.02}, {'has_head': True}])
+def test_a_model_or_a_head_that_drafts_over_devices_changes_no_bit(drafts):
+  shared = functools.partial(
+    reference_engine.engine,
+    'odd_heads',
+    **{**_LAYOUT, 'decode_steps': 2},
+    numerics='invariant',
+    tensor_parts=2,
+  )
+  plain = _answers(shared(tensor=1), _REQUESTS)
+  engine = shared(tensor=2, draft_tokens=3, **drafts)
+  assert engine.placement.num_devices == 2
+  found = _answers(
+    engine,
+    _REQUESTS,
+    rng=np.random.default_rng(0),
+    spread=9,
+    preemptions=(0, 1),
+  )
+  assert found == plain
+  for kind in ('accepted', 'rejected'):
+    assert engine.metrics.value('speculation_tokens_total', kind=kind) > 5
+  # What drafts is on every device, but for the rows of the unembedding.
+  copied = engine.draft.arrays
+  if 'has_head' in drafts:
+    copied, table_KD = engine.draft.arrays
+    assert len(table_KD.addressable_data(0)) == len(table_KD) // 2
+  for leaf in jax.tree.leaves(copied):
+    assert leaf.sharding.is_fully_replicated
+    assert len(leaf.sharding.device_set) == 2

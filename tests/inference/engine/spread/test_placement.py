@@ -10,7 +10,6 @@ from inference.engine import device_state, engine_config
 from inference.engine.spread import placement as placement_lib
 from models import layout
 from tests.helpers import frozen_dirs, tiny_models
-from tests.helpers.open_weights import stored_params
 from tests.helpers.serving import reference_engine
 
 
@@ -114,21 +113,6 @@ def test_an_unsupported_engine_is_refused(model, layout, message):
       engine_config.EngineConfig(**layout),
       config,
       device_state.unread(frozen_dirs.params(config)),
-      vocab_size=61,
-    )
-
-
-def test_experts_in_fewer_bits_are_refused():
-  config = tiny_models.mixture()
-  params = frozen_dirs.params(config)
-  experts = params['params']['layer_0']['moe']
-  kernel = stored_params.kernel(experts['expert_up']['kernel'], 'int8')
-  experts['expert_up'] = {'kernel': kernel}
-  with pytest.raises(ValueError, match='got 2 and experts in fewer bits, exp'):
-    placement_lib.make(
-      engine_config.EngineConfig(tensor=2),
-      config,
-      device_state.unread(params),
       vocab_size=61,
     )
 

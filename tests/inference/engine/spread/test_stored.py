@@ -11,7 +11,6 @@ from frozen import format as frozen_format
 from inference import generate
 from inference.engine import (
   device_state,
-  engine as engine_lib,
   engine_config,
 )
 from inference.engine.spread import (
@@ -19,15 +18,13 @@ from inference.engine.spread import (
   placement as placement_lib,
   stored as stored_lib,
 )
-from inference.requests import requests
-from inference.sampling import settings as settings_lib
-from models import transformer
 from models.linear import invariant, plain
 from models.linear.stored import product
 from parallel import mesh as mesh_lib, parallel_config
 from parallel.tensor import by_part, ports
 from tests.helpers import any_kernels, frozen_dirs, tiny_models
 from tests.helpers.open_weights import stored_params
+from tests.helpers.serving import stored_engines
 
 _WIDTH = 48  # of the stream; 9 heads of 32 channels
 
@@ -236,52 +233,17 @@ def _mixed():
   return config, {'params': tree}
 
 
-_IDS = [256, *b'the weights say this, and nothing else does']
-
-
-def _answer(engine):
-  settings = settings_lib.Settings(
-    temperature=0.0, max_tokens=10, logprobs=0, ignore_eos=True
-  )
-  request = requests.Request(prompt_ids=tuple(_IDS), settings=settings)
-  *_, (_, update) = engine.answer([request])
-  done = update.completion
-  return list(done.token_ids), [each.chosen for each in done.logprobs]
-
-
-def _engine(config, params, **layout):
-  return engine_lib.Engine(
-    config,
-    params,
-    tokenizer=tiny_models.byte_tokenizer(),
-    weights_digest='d',
-    config=engine_config.EngineConfig(
-      max_sequences=2, decode_shapes=(2,), page_size=16, num_pages=8,
-      chunk_tokens=16, max_chunks=1, max_mixed_chunks=1, constraints=False,
-      **layout,
-    ),
-  )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_engines_over_devices_answer_as_the_floats_and_with_the_same_bits():
   config, params = _mixed()
-  fast = _answer(_engine(config, params, tensor=4))
-  shared = functools.partial(_engine, numerics='invariant', tensor_parts=4)
+  answer = functools.partial(stored_engines.answer, config, params)
   exact = [
-    _answer(shared(config, params, tensor=num_devices))
+    answer(tensor=num_devices, numerics='invariant', tensor_parts=4)
     for num_devices in (2, 4)
   ]
   assert exact[0] == exact[1]
-  model = transformer.Transformer(config)
-  for ids, chosen in (fast, exact[0]):
-    tokens = np.asarray([[*_IDS, *ids]], np.int32)
-    logits, _ = model.apply(stored_params.whole(params), tokens)
-    logprobs = np.asarray(jax.nn.log_softmax(logits[0, :, :259]))
-    rows = logprobs[len(_IDS) - 1 : -1]
-    assert ids == rows.argmax(axis=-1).tolist()
-    # The bound of floats over devices, see test_engine_matrix.py.
-    np.testing.assert_allclose(chosen, rows.max(axis=-1), atol=1e-5)
+  for found in (answer(tensor=4), exact[0]):
+    stored_engines.check(config, params, found)
 
 
 @pytest.mark.slow
