@@ -24,8 +24,6 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
-from multiprocessing import connection
-import os
 import pathlib
 import re
 import socket
@@ -33,12 +31,11 @@ import sqlite3
 import statistics
 import struct
 import tempfile
-import time
 from typing import Any
 
 from absl import app, flags
 
-from benchmarks.common import entry, server_process
+from benchmarks.common import entry, health_probe, server_process
 from checks import path_flags
 
 _NAME = 'abused'  # of the model in requests
@@ -267,61 +264,6 @@ async def _repeated(
     await asyncio.sleep(0.01)
 
 
-def probe(host: str, port: int, seconds: float) -> list[float]:
-  """Returns the seconds of requests to /health, each on a new connection.
-
-  Runs in a process of its own: the clients of `abuse` would delay it.
-
-  Raises:
-    ValueError: an answer is no 200.
-  """
-  with contextlib.suppress(OSError):  # its process has probed before
-    # Linux shares the cores between sessions: otherwise the probe would wait
-    # for the clients, and its time would be theirs.
-    os.setsid()
-  request = _head('GET /health HTTP/1.1', b'')
-  taken: list[float] = []
-  end = time.perf_counter() + seconds
-  while (start := time.perf_counter()) < end:
-    with socket.create_connection((host, port)) as client:
-      client.sendall(request)
-      answer = client.recv(4096)
-      taken.append(time.perf_counter() - start)
-    if b' 200 ' not in answer:
-      raise ValueError(f'/health: got {answer!r}, expected 200')
-    time.sleep(_PROBE_SECONDS)
-  return taken
-
-
-def answer_only(found: connection.Connection) -> None:
-  """Serves 200 to every request: the control. Sends its port to `found`."""
-
-  async def answer(reader, writer):
-    await reader.readuntil(b'\r\n\r\n')
-    writer.write(b'HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n')
-    writer.close()
-
-  async def serve():
-    server = await asyncio.start_server(answer, '127.0.0.1', 0)
-    found.send(server.sockets[0].getsockname()[1])
-    await server.serve_forever()
-
-  asyncio.run(serve())
-
-
-@contextlib.contextmanager
-def _control():
-  """Starts the control; yields its port."""
-  spawn = multiprocessing.get_context('spawn')
-  receiver, sender = spawn.Pipe(duplex=False)
-  process = spawn.Process(target=answer_only, args=(sender,), daemon=True)
-  process.start()
-  try:
-    yield receiver.recv()
-  finally:
-    process.terminate()
-
-
 def _memory_mib(pid: int) -> float:
   """Returns the memory of a server and of its replicas."""
   found = 0
@@ -342,11 +284,14 @@ async def abuse(
   """
   loop = asyncio.get_running_loop()
   spawn = multiprocessing.get_context('spawn')
-  with futures.ProcessPoolExecutor(2, spawn) as probers, _control() as other:
+  with (
+    futures.ProcessPoolExecutor(2, spawn) as probers,
+    health_probe.control() as other,
+  ):
     where, control = (target.host, target.port), ('127.0.0.1', other)
 
     def probed(where: tuple[str, int], seconds: float):
-      return loop.run_in_executor(probers, probe, *where, seconds)
+      return loop.run_in_executor(probers, health_probe.probe, *where, seconds)
 
     both = [probed(each, 1.0) for each in (where, control)]
     await asyncio.gather(*both)  # imports
