@@ -192,6 +192,8 @@ def draw(path: str, found: Sequence[Carried]) -> None:
       x, y = map(list, zip(*points, strict=True))
       return figure.Line(x=x, y=y, style='o-')
 
+    # From zero, or differences within a step of the search would look large.
+    highest = max(point(each)[1] for each in some)
     return figure.Panel(
       title=title,
       x_label=labels[0],
@@ -199,6 +201,7 @@ def draw(path: str, found: Sequence[Carried]) -> None:
       lines={name: line(name) for name in names},
       log_x=True,
       log_y=log_y,
+      y_limits=None if log_y else (0.0, 1.2 * highest),
     )
 
   figure.save(

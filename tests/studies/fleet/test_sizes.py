@@ -87,6 +87,7 @@ def test_numbers_of_replicas_are_numbers():
       sizes.counts(given)
 
 
+@pytest.mark.slow
 def test_fleets_of_all_sizes_meet_the_same_bursts():
   counts = []
   for rate in (20.0, 200.0):
