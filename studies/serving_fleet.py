@@ -34,6 +34,7 @@ from checks import expect, path_flags
 from hardware import targets
 from inference.engine import engine_config
 from inference.planning import plan as plan_lib, subject
+from inference.server.replicas import placement as placement_lib
 from storage import atomic
 from studies import prices as prices_lib
 from studies.common import figure, load, study_flags
@@ -41,8 +42,8 @@ from studies.fleet import costs, fleet, placing, replica, sizes, traffic
 
 PAGE_TOKENS = 64
 _LEAST_REQUESTS = 2000  # of a simulation: 20 are beyond a 99th percentile
-# `affinity:N` is affinity with a margin of N open requests; without it, of a
-# quarter of the sequences of a replica, as a server has.
+# `affinity:N` is affinity with a margin of N open requests; `affinity` has that
+# of a server.
 PLACEMENTS = 'affinity', 'least_busy', 'in_turn'
 # Flags that decide a simulation.
 _DECIDING = (
@@ -125,7 +126,7 @@ class Buyer:
     ]
     tokens = self.settings.num_pages * self.settings.limits.page_size
     name, _, margin = placement.partition(':')
-    usual = max(1, self.settings.limits.max_sequences // 4)
+    usual = placement_lib.margin_of(self.settings.limits.max_sequences)
     place: fleet.Place = {
       'affinity': placing.Affinity(tokens, int(margin or usual)),
       'least_busy': fleet.least_busy,

@@ -46,7 +46,7 @@ class Dispatch:
       max_sequences: that a replica runs at once.
     """
     self._ready, self._metrics = ready, metrics
-    self._margin = max(1, max_sequences // 4)
+    self._margin = placement.margin_of(max_sequences)
     self._attempts = itertools.count()
     self._pending: list[submission_lib.Submission] = []
     self.number = -1  # of the version

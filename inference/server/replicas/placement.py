@@ -35,6 +35,17 @@ class Candidate:
   num_served: int  # sequences so far
 
 
+def margin_of(max_sequences: int) -> int:
+  """Returns the margin of `choose` for replicas that run so many sequences.
+
+  With a sixteenth of them, simulated fleets carried 1.6, 2.8 and over 5 times
+  the load that they did with a quarter, at 16, 32 and 64 replicas, and no less
+  at fewer (experiments/LOG.md, 2026-11-30): a replica that knows a popular
+  prefix has so many prompts more to compute than the others.
+  """
+  return max(1, max_sequences // 16)
+
+
 def choose(candidates: Sequence[Candidate], *, margin: int) -> Candidate:
   """Returns the replica that answers.
 
