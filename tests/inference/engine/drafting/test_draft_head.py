@@ -240,10 +240,6 @@ def test_settings_of_a_draft_head_that_cannot_be_are_refused():
   for fields, message in (
     ({'speculation': 'head'}, 'draft_head: got none with speculation = head'),
     ({'draft_head': 'd'}, 'draft_head: got d with speculation = off'),
-    (
-      {'speculation': 'head', 'draft_head': 'd', 'tensor': 2},
-      'got head over several devices, expected one device; use ngram',
-    ),
   ):
     with pytest.raises(ValueError, match=message):
       engine_config.EngineConfig(**fields)
