@@ -24,7 +24,9 @@ from inference.server.replicas import (
 )
 from models import flops as flops_lib
 
-_MOST_TRIES = 2  # replicas that may die with one submission
+# Replicas that may die with one submission. It may be the reason; but where
+# many are killed, an answer meets several deaths by chance.
+_MOST_TRIES = 4
 _FULL_SECONDS = 0.1  # until a submission that found no place is tried again
 
 
