@@ -152,7 +152,7 @@ def test_a_client_that_waits_before_its_request_is_answered(opened):
 def test_more_connections_than_are_taken_at_once_all_get_an_answer(opened):
   with contextlib.ExitStack() as stack:
     with opened.blocked():
-      clients = [stack.enter_context(opened.connect()) for _ in range(400)]
+      clients = [stack.enter_context(opened.connect()) for _ in range(300)]
       for each in clients:
         each.sendall(_OTHER)
     assert {each.recv(10) for each in clients} == {b'here'}
