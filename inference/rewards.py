@@ -60,7 +60,11 @@ def open_scorer(path: str) -> judges.ScoreFn:
     ValueError: the directory holds no reward model. The returned function
       raises it for an answer that does not fit the model.
   """
-  generator = _load(path)
+  return scorer_of(_load(path))
+
+
+def scorer_of(generator: generate.Generator) -> judges.ScoreFn:
+  """Returns the function from answers to rewards of a reward model."""
   score = model_port.rewarder(generator)
 
   def scored(

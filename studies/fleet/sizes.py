@@ -42,7 +42,7 @@ class Kept:
   """Simulations on the disk: a study that was ended goes on where it was."""
 
   def __init__(self, path: pathlib.Path, settings: Mapping[str, Any]):
-    """Reads what is there.
+    """Reads the file of results.
 
     Args:
       path: of the file, a line for each simulation.

@@ -9,7 +9,6 @@ then the answer's (Lightman et al. 2023, arXiv:2305.20050, appendix F.2, compare
 such reductions). The reward after the last line is that of the answer.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import json
 import pathlib
@@ -20,7 +19,7 @@ import numpy as np
 from data import sources
 from evals import judges
 from evals.results import recalibration
-from inference import generate, model_port
+from inference import generate, model_port, rewards as rewards_lib
 from inference.requests import requests as requests_lib
 from inference.sampling import settings as settings_lib
 from inference.search import (
@@ -154,16 +153,7 @@ def rewards(
   generator: generate.Generator, answers: texts_lib.Answers
 ) -> dict[str, np.ndarray]:
   """Returns sigmoids of a reward model, [Q, N], of the answer and by step."""
-  score = model_port.rewarder(generator)
-
-  def scored(
-    answered: Sequence[tuple[judges.Prompt, str]],
-  ) -> Sequence[float]:
-    return score(
-      [model_port.encode_answer(generator, *each) for each in answered]
-    )
-
-  last_QN, least_QN = by_step(scored, answers)
+  last_QN, least_QN = by_step(rewards_lib.scorer_of(generator), answers)
   return {
     OUTCOME: recalibration.sigmoid(last_QN),
     PROCESS: recalibration.sigmoid(least_QN),

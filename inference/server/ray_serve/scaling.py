@@ -1,8 +1,8 @@
 """How Ray Serve adds and removes replicas with `replicas=auto`.
 
-Ray compares the open requests per replica, those that wait in its proxies among
-them, with a target: it wants (open requests / target) replicas, once that has
-been so for some time. Its own target is two requests (Ray 2.32 and later). An
+Ray divides the number of open requests by a target, and runs so many replicas
+once the result has held for some time. Requests that wait in its proxies count
+as open. Its own target is two requests (Ray 2.32 and later). An
 engine answers as many requests together as it has slots, so with that target
 there would be ten times the replicas that the load needs.
 

@@ -40,7 +40,7 @@ def margin_of(max_sequences: int) -> int:
 
   With a sixteenth of them, simulated fleets carried 1.6, 2.8 and over 5 times
   the load that they did with a quarter, at 16, 32 and 64 replicas, and no less
-  at fewer (experiments/LOG.md, 2026-11-30): a replica that knows a popular
+  at 4 and 8 (experiments/LOG.md, 2026-11-30): a replica that knows a popular
   prefix has so many prompts more to compute than the others.
   """
   return max(1, max_sequences // 16)
