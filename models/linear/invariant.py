@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from models import execution as execution_lib, kv_cache
 from models.attention import form as form_lib, paged
-from models.linear import plain
+from models.linear import isolated, plain
 from models.linear.stored import product as stored_product
 from models.moe import dispatch
 
@@ -150,10 +150,14 @@ def _of_groups(x_BTD, ids_BTA, kernels, dtype, stored, port) -> jax.Array:
 
 
 def _summed(y_BTAD, gates_BTA, dtype) -> jax.Array:
-  y_BTD = jnp.zeros((*y_BTAD.shape[:2], y_BTAD.shape[-1]), jnp.float32)
-  for a in range(y_BTAD.shape[2]):  # a fixed order of summation
-    y_BTD += y_BTAD[:, :, a].astype(jnp.float32) * gates_BTA[:, :, a, None]
-  return y_BTD.astype(dtype)
+  def summed(y_BTAD, gates_BTA):
+    y_BTD = jnp.zeros((*y_BTAD.shape[:2], y_BTAD.shape[-1]), jnp.float32)
+    for a in range(y_BTAD.shape[2]):  # a fixed order of summation
+      y_BTD += y_BTAD[:, :, a].astype(jnp.float32) * gates_BTA[:, :, a, None]
+    return y_BTD.astype(dtype)
+
+  # Fused with code before or after it, a product and a sum may be one rounding.
+  return isolated.call(summed, y_BTAD, gates_BTA)
 
 
 def attend_cached(
@@ -195,13 +199,18 @@ def _attend_rows(q_BTHC, pages, table_BL, positions_BT, form):
   # Position -1 marks padding, which sees nothing.
   positions_BT = jnp.pad(positions_BT, ((0, 0), (0, spare)), constant_values=-1)
   tiles = (time + spare) // QUERY_ROWS
-  out = paged.attend_rows(
+
+  def attend(q_BRHC, pages, table_BL, positions_BR):
+    return paged.attend_rows(
+      q_BRHC, pages, table_BL, positions_BR, form, group=1
+    )
+
+  out = isolated.call(
+    attend,
     q_BTHC.reshape(batch * tiles, QUERY_ROWS, heads, channels),
     pages,
     jnp.repeat(table_BL, tiles, axis=0),
     positions_BT.reshape(batch * tiles, QUERY_ROWS),
-    form,
-    group=1,
   )
   return out.reshape(batch, -1, heads, channels)[:, :time]
 
@@ -230,10 +239,9 @@ def by_row(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
   rows = jnp.pad(rows, ((0, -num_rows % TILE_ROWS), (0, 0)))
 
   def tile(x_RI):
-    # XLA removes a loop of one iteration. Without the barriers it would then
-    # fuse the tile with the code around it, which may reorder a sum.
-    x_RI = jax.lax.optimization_barrier(x_RI)
-    return jax.lax.optimization_barrier(function(x_RI))
+    # XLA removes a loop of one iteration, and would then fuse the tile with the
+    # code around it, which may reorder a sum.
+    return isolated.call(function, x_RI)
 
   tiles = jax.lax.map(tile, rows.reshape(-1, TILE_ROWS, x.shape[-1]))
 

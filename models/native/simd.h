@@ -11,6 +11,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -67,18 +69,13 @@ TWO_LIVES_INLINE Vec LoadFloats(const Bfloat16* from) {
   return _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-TWO_LIVES_INLINE Vec LookUp(Codes codes, const float* book) {
-  return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32((__m128i)codes),
-                               _mm512_loadu_ps(book));
-}
-// The numbers of the low four bits of 16 bytes, and of the high ones.
-TWO_LIVES_INLINE void LookUpBoth(Codes bytes, const float* book, Vec* low,
-                                 Vec* high) {
+// The numbers of the low four bits of 16 bytes in a table of 16, and of the high
+// ones.
+TWO_LIVES_INLINE void LookUpBoth(Codes bytes, Vec table, Vec* low, Vec* high) {
   // A permutation has 16 entries: it reads the low four bits of an index alone.
   const __m512i codes = _mm512_cvtepu8_epi32((__m128i)bytes);
-  const __m512 entries = _mm512_loadu_ps(book);
-  *low = _mm512_permutexvar_ps(codes, entries);
-  *high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), entries);
+  *low = _mm512_permutexvar_ps(codes, table);
+  *high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table);
 }
 // Eight lanes of one number, eight of another.
 TWO_LIVES_INLINE Vec Halves(float first, float second) {
@@ -132,21 +129,19 @@ TWO_LIVES_INLINE __m256 LoadEight(const Bfloat16* from) {
 TWO_LIVES_INLINE Vec LoadFloats(const Bfloat16* from) {
   return {LoadEight(from), LoadEight(from + 8)};
 }
-TWO_LIVES_INLINE __m256 LookUpHalf(__m256i codes, const float* book) {
-  // A permutation has 8 entries: both halves of the book, and bit 3 chooses.
-  __m256 first = _mm256_permutevar8x32_ps(_mm256_loadu_ps(book), codes);
-  __m256 second = _mm256_permutevar8x32_ps(_mm256_loadu_ps(book + 8), codes);
+TWO_LIVES_INLINE __m256 LookUpEight(__m256i codes, Vec table) {
+  // A permutation has 8 entries: both halves of the table, and bit 3 chooses.
+  __m256 first = _mm256_permutevar8x32_ps(table.low, codes);
+  __m256 second = _mm256_permutevar8x32_ps(table.high, codes);
   __m256 choice = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
   return _mm256_blendv_ps(first, second, choice);
 }
-TWO_LIVES_INLINE Vec LookUp(Codes codes, const float* book) {
-  return {LookUpHalf(_mm256_cvtepu8_epi32((__m128i)codes), book),
-          LookUpHalf(_mm256_cvtepu8_epi32(HighHalf(codes)), book)};
-}
-TWO_LIVES_INLINE void LookUpBoth(Codes bytes, const float* book, Vec* low,
-                                 Vec* high) {
-  *low = LookUp(bytes & 15, book);
-  *high = LookUp(bytes >> 4, book);
+TWO_LIVES_INLINE void LookUpBoth(Codes bytes, Vec table, Vec* low, Vec* high) {
+  const __m256i first = _mm256_cvtepu8_epi32((__m128i)bytes);
+  const __m256i second = _mm256_cvtepu8_epi32(HighHalf(bytes));
+  *low = {LookUpEight(first, table), LookUpEight(second, table)};
+  *high = {LookUpEight(_mm256_srli_epi32(first, 4), table),
+           LookUpEight(_mm256_srli_epi32(second, 4), table)};
 }
 TWO_LIVES_INLINE Vec Halves(float first, float second) {
   return {_mm256_set1_ps(first), _mm256_set1_ps(second)};
@@ -186,13 +181,12 @@ TWO_LIVES_INLINE float OneFloat(const Bfloat16* from);
 TWO_LIVES_INLINE Vec LoadFloats(const Bfloat16* from) {
   TWO_LIVES_EACH(OneFloat(from + i));
 }
-TWO_LIVES_INLINE Vec LookUp(Codes codes, const float* book) {
-  TWO_LIVES_EACH(book[codes[i]]);
-}
-TWO_LIVES_INLINE void LookUpBoth(Codes bytes, const float* book, Vec* low,
+TWO_LIVES_INLINE void LookUpBoth(Codes bytes, const Vec& table, Vec* low,
                                  Vec* high) {
-  *low = LookUp(bytes & 15, book);
-  *high = LookUp(bytes >> 4, book);
+  for (int i = 0; i < kLanes; ++i) {
+    low->lane[i] = table.lane[bytes[i] & 15];
+    high->lane[i] = table.lane[bytes[i] >> 4];
+  }
 }
 TWO_LIVES_INLINE Vec Halves(float first, float second) {
   TWO_LIVES_EACH(i < kLanes / 2 ? first : second);
@@ -200,6 +194,38 @@ TWO_LIVES_INLINE Vec Halves(float first, float second) {
 #undef TWO_LIVES_EACH
 
 #endif
+
+// The number of each code of four bits.
+TWO_LIVES_INLINE Vec CodesAsNumbers() {
+  static constexpr float kNumbers[kLanes] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                             8, 9, 10, 11, 12, 13, 14, 15};
+  return Load(kNumbers);
+}
+
+// A buffer that begins at a cache line: a vector that lies across two lines takes
+// two reads.
+class Floats {
+ public:
+  // Makes room for `size` numbers, which are not cleared.
+  float* Room(size_t size) {
+    if (size > size_) {
+      numbers_.reset(static_cast<float*>(
+          ::operator new(size * sizeof(float), std::align_val_t{kLine})));
+      size_ = size;
+    }
+    return numbers_.get();
+  }
+
+ private:
+  static constexpr size_t kLine = 64;
+  struct Delete {
+    void operator()(float* numbers) {
+      ::operator delete(numbers, std::align_val_t{kLine});
+    }
+  };
+  std::unique_ptr<float, Delete> numbers_;
+  size_t size_ = 0;
+};
 
 TWO_LIVES_INLINE Vec LoadFloats(const float* from) { return Load(from); }
 TWO_LIVES_INLINE float OneFloat(const float* from) { return *from; }

@@ -298,7 +298,11 @@ def _num_here(num_parts: int) -> int:
 
 
 def _apart(function: Callable[..., Any], *args: Any) -> Any:
-  """Returns function(*args), which XLA does not fuse with other parts."""
+  """Returns function(*args), which XLA does not merge with other parts.
+
+  XLA:CPU may fuse it with the code around it all the same; the sums within the
+  ports have borders of their own (`models.linear.isolated`).
+  """
   args = jax.lax.optimization_barrier(args)
   return jax.lax.optimization_barrier(function(*args))
 

@@ -13,6 +13,7 @@ def _params(config):
   return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
   'make', [tiny_models.llama_like, tiny_models.gpt2_like, tiny_models.stable]
 )

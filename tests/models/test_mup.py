@@ -79,6 +79,7 @@ def test_learning_rates(config):
   assert set(jax.tree.leaves(standard)) == {1.0}
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('tie_embeddings', [False, True])
 def test_logits_are_divided_by_the_ratio(tie_embeddings):
   config = dataclasses.replace(WIDE, tie_embeddings=tie_embeddings)

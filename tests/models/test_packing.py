@@ -129,6 +129,7 @@ def test_a_document_is_the_same_in_any_row(name):
     np.testing.assert_allclose(again[i], among[i], atol=TOLERANCE)
 
 
+@pytest.mark.fast_cases(1)
 @every_option
 def test_packed_training_computes_what_is_served(name):
   """A prefill in two chunks, then single steps, over a cache."""

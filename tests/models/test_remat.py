@@ -45,6 +45,7 @@ def _value_and_gradients(policy, scan_layers, dtype, **ports):
   return run(params)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
   'scan_layers', [True, pytest.param(False, marks=pytest.mark.slow)]
 )

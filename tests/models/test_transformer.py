@@ -73,6 +73,7 @@ def test_logits_have_shape_and_dtype_and_jit_changes_nothing(config):
   np.testing.assert_allclose(jitted_BTV, logits_BTV, atol=1e-6)
 
 
+@pytest.mark.fast_cases(1)
 @every_config
 def test_decode_parity(config):
   """Prefill and n decode steps give the logits of one full forward."""
@@ -169,6 +170,7 @@ def _dependence(model, params, tokens_BT, outputs, **apply_args):
   return jax.jit(jax.grad(weighted_sum))(jnp.ones(time))
 
 
+@pytest.mark.fast_cases(2)
 @every_config
 def test_causality_by_gradient(config):
   """A position depends on no later token, and on every earlier one."""
@@ -179,6 +181,7 @@ def test_causality_by_gradient(config):
   np.testing.assert_array_equal(dependence_T[at + 1 :], 0.0)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('name', ['llama', 'gpt2_scanned'])
 def test_packed_rows_see_only_their_own_document(name):
   config = CONFIGS[name]
@@ -243,6 +246,7 @@ def test_dropout_is_of_the_calls_that_bring_a_key():
   assert np.abs(dropped(0) - plain).max() > 1e-3
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'stable'])
 def test_bfloat16_stays_near_float32(name):
   config = CONFIGS[name]

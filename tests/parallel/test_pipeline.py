@@ -158,6 +158,7 @@ def _assert_same_but_for_rounding(found, expected):
   np.testing.assert_allclose(found, expected, rtol=2e-4, atol=atol)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
   ('sizes', 'repeats', 'num_microbatches'),
   [

@@ -86,6 +86,7 @@ def _expected():
   return sums, grads
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
 def test_the_split_loss_is_the_loss(sizes, monkeypatch):
   mesh = _mesh(**sizes)

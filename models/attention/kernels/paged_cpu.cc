@@ -2,7 +2,8 @@
 //
 // Keys and values are read up to the position of each query, a tile at a time.
 // One unit of work is a span of slots of a sequence, with all heads, which lie
-// beside each other. Threads take units one after the other.
+// beside each other. Where that makes too few units for the threads, a unit has
+// a share of the heads. Threads take units one after the other.
 // Tiles of slots are folded in with a running maximum and sum (Milakov and
 // Gimelshein, arXiv:1805.02867), in float32, and then spans are. So the bits of
 // a result depend on its query and on the keys that it sees alone.
@@ -28,6 +29,7 @@ constexpr int64_t kSpan = 128; // slots of a unit
 constexpr int kQueries = 4;    // whose products with a key are made together
 constexpr float kMasked = -1e30f;  // as in models/attention/paged.py
 constexpr int64_t kUnitsPerThread = 16;
+constexpr int64_t kLeastUnits = 2;  // for each thread
 
 typedef int8_t Int8;
 struct Float8 {  // e4m3fn
@@ -46,7 +48,8 @@ struct Attention {
   int64_t page_size, vectors, width, table_width;
   int64_t window;
   float softcap;
-  int64_t spans;  // S, units of a sequence
+  int64_t spans;  // S, of a sequence
+  int64_t shares;  // groups of heads of keys, each a unit of a span
   float* parts;   // [B, S, R H, C + 2]: sums of values, maximum, sum of weights
 };
 
@@ -150,32 +153,43 @@ template <class Stored>
 struct Unit {
   const Attention<Stored>& p;
   std::vector<Query> queries;  // by head of keys
-  std::vector<float> tile;     // [kTile, Y, C]
+  float* tile;                 // [kTile, vectors, C]
+  int64_t first_vector, vectors;  // of the heads of keys
 
   // The numbers of a vector of a slot.
   float* Vector(int64_t index, int64_t vector) {
-    return tile.data() + (index * p.vectors + vector) * p.channels;
+    return tile + (index * vectors + vector) * p.channels;
   }
 
   // Reads slots in the order of memory, as fast as it can be read; heads are
   // then taken one after the other from a cache.
   void Read(const int32_t* pages, int64_t from, int64_t size) {
     const bool is_run = !p.scales && p.width == p.channels;
+    const bool has_all = vectors == p.vectors;
     for (int64_t index = 0, some; index < size; index += some) {
       const int64_t slot = from + index, within = slot % p.page_size;
       some = std::min(p.page_size - within, size - index);
       const int64_t first =
           (pages[slot / p.page_size] * p.page_size + within) * p.vectors;
-      if (is_run) {  // the slots of a page lie behind each other
-        ToFloats(p.pages + first * p.width, 1.0f,
-                 some * p.vectors * p.channels, Vector(index, 0));
+      if (is_run && has_all) {  // the slots of a page lie behind each other
+        ToFloats(p.pages + first * p.width, 1.0f, some * vectors * p.channels,
+                 Vector(index, 0));
         continue;
       }
-      for (int64_t i = 0; i < some * p.vectors; ++i)
-        ToFloats(p.pages + (first + i) * p.width,
-                 p.scales ? p.scales[first + i] : 1.0f, p.channels,
-                 Vector(index, i));
+      for (int64_t i = 0; i < some; ++i)
+        ReadSlot(first + i * p.vectors + first_vector, Vector(index + i, 0),
+                 is_run);
     }
+  }
+
+  void ReadSlot(int64_t first, float* to, bool is_run) {
+    if (is_run)
+      return ToFloats(p.pages + first * p.width, 1.0f, vectors * p.channels,
+                      to);
+    for (int64_t i = 0; i < vectors; ++i)
+      ToFloats(p.pages + (first + i) * p.width,
+               p.scales ? p.scales[first + i] : 1.0f, p.channels,
+               to + i * p.channels);
   }
 
   void Score(Query* own, int64_t num, int64_t vector, int64_t size) {
@@ -247,7 +261,7 @@ struct Unit {
       first = std::min(first, query.first);
       end = std::max(end, query.end);
     }
-    const int64_t kv_heads = p.vectors / 2;
+    const int64_t kv_heads = vectors / 2;
     const int64_t num = queries.size() / kv_heads;
     for (int64_t at = first / kTile * kTile; at < end; at += kTile) {
       const int64_t from = std::max(first, at);
@@ -269,21 +283,28 @@ struct Unit {
 
 template <class Stored>
 void AttendUnits(const Attention<Stored>& p, int64_t begin, int64_t end) {
-  const int64_t group = p.heads / (p.vectors / 2);
+  const int64_t kv_heads = p.vectors / 2, group = p.heads / kv_heads;
   const int64_t num = p.rows * p.heads, size = p.channels + 2;
+  const int64_t of_head = p.rows * group;  // queries
   Unit<Stored> unit{p};
-  unit.queries.resize(num);
-  unit.tile.resize(kTile * p.vectors * p.channels);
+  thread_local Floats room;  // kept: the system clears new memory
+  unit.tile = room.Room(kTile * p.vectors * p.channels);
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t sequence = index / p.spans, span = index % p.spans;
-    for (int64_t m = 0; m < num; ++m) {
+    const int64_t share = index % p.shares, part = index / p.shares;
+    const int64_t sequence = part / p.spans, span = part % p.spans;
+    const int64_t head = kv_heads * share / p.shares;
+    const int64_t last = kv_heads * (share + 1) / p.shares;
+    unit.first_vector = 2 * head;
+    unit.vectors = 2 * (last - head);
+    unit.queries.resize((last - head) * of_head);
+    for (int64_t m = head * of_head; m < last * of_head; ++m) {
       // Queries of a head of keys lie together: rows of its heads.
-      const int64_t head = m / (p.rows * group), rest = m % (p.rows * group);
+      const int64_t rest = m % of_head;
       const int64_t row = sequence * p.rows + rest / group;
-      const int64_t place = row * p.heads + head * group + rest % group;
-      Query& query = unit.queries[m];
+      const int64_t place = row * p.heads + m / of_head * group + rest % group;
+      Query& query = unit.queries[m - head * of_head];
       query.q = p.q + place * p.channels;
-      query.out = p.parts + (index * num + m) * size;
+      query.out = p.parts + (part * num + m) * size;
       const int64_t seen = std::max<int64_t>(p.positions[row] + 1, 0);
       query.first = std::max(
           span * kSpan, p.window ? std::max<int64_t>(seen - p.window, 0) : 0);
@@ -342,6 +363,11 @@ ffi::Error AttendAs(const Attention<float>& given, const void* pages,
     most = std::max(most, seen);
   }
   const int64_t spans = (most + kSpan - 1) / kSpan;
+  const int64_t units = sequences * spans;
+  const int64_t wanted = kLeastUnits * pool.num_threads();
+  const int64_t shares =
+      std::clamp<int64_t>((wanted + units - 1) / std::max<int64_t>(units, 1), 1,
+                          given.vectors / 2);
   // Not cleared: units write all of it.
   const std::unique_ptr<float[]> parts(
       new float[sequences * spans * given.rows * given.heads *
@@ -350,8 +376,8 @@ ffi::Error AttendAs(const Attention<float>& given, const void* pages,
       given.q, static_cast<const Stored*>(pages), given.scales, given.table,
       given.positions, given.out, given.rows, given.heads, given.channels,
       given.page_size, given.vectors, given.width, given.table_width,
-      given.window, given.softcap, spans, parts.get()};
-  Run(p, AttendUnits<Stored>, sequences * spans,
+      given.window, given.softcap, spans, shares, parts.get()};
+  Run(p, AttendUnits<Stored>, units * shares,
       2 * keys * p.heads * p.channels, 1, kUnitsPerThread, pool);
   AddSpans(p, sequences);
   return ffi::Error::Success();
@@ -373,7 +399,7 @@ ffi::Error AttendPages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
       scales.element_count() ? scales.typed_data() : nullptr,
       table.typed_data(), positions.typed_data(), out->typed_data(),
       of_q[1], of_q[2], of_q[3], of_pages[1], of_pages[2], of_pages[3],
-      of_table[1], window, softcap, 0, nullptr};
+      of_table[1], window, softcap, 0, 1, nullptr};
   const void* data = pages.untyped_data();
   switch (pages.element_type()) {
     case ffi::F32: return AttendAs<float>(given, data, of_q[0], pool);

@@ -13,8 +13,12 @@ zeros, but it multiplies every slot before: slots that were never written may
 hold NaN of the owner before. Padding may have positions below 0, which see
 nothing; the result of padding is undefined, as in every other port.
 
-The kernel adds its mask to the scores. So a token whose key or value is NaN
-also spoils the tokens before it in its own chunk, which other ports keep clean.
+The kernel adds its mask to the scores, so a key that is NaN also spoils queries
+that do not see it. A chunk therefore ends before its first token whose key or
+value is not finite: the kernel gets that token and the next ones as padding,
+and their results are NaN. One case is left: a token that a local window has
+left behind spoils the later queries of its own sequence, which other ports keep
+clean. The engine ends such a sequence with an error on every path.
 
 The kernel has one scale for a whole pool, but int8 pages have one scale per
 token and head. `models.attention.paged` attends over int8 pages, and
@@ -81,17 +85,19 @@ def attend(
     kernel = kernel_lib.ragged_paged_attention
     tiles = tile_sizes(q_BTHC.shape[1], heads, cache)
   width = cache.pages.kv_PQYC.shape[3]
-  order_T, back_T = _padding_first(cache, positions_BT[0])
+  positions_T, is_cut_T = _cut(cache, positions_BT[0])
+  order_T, back_T = _padding_first(cache, positions_T)
   out_THC = kernel(
     jnp.pad(q_BTHC[0, order_T], ((0, 0), (0, 0), (0, width - channels))),
     cache.pages.kv_PQYC,
-    *sequences(cache, positions_BT[0]),
+    *sequences(cache, positions_T),
     sm_scale=form.scale_of(channels),
     sliding_window=form.window or None,
     soft_cap=form.softcap or None,
     **tiles,
   )
-  return out_THC[None, back_T, :, :channels]
+  out_THC = out_THC[back_T, :, :channels]
+  return jnp.where(is_cut_T[:, None, None], jnp.nan, out_THC)[None]
 
 
 def sequences(
@@ -124,6 +130,32 @@ def sequences(
   table_BL = jnp.concatenate([cache.decode_table_DL, cache.chunk_table_XL])
   count = jnp.asarray([num_decodes + num_chunks], jnp.int32)
   return lengths_B.astype(jnp.int32), table_BL, ends.astype(jnp.int32), count
+
+
+def _cut(
+  cache: kv_cache.PagedLayer, positions_T: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Ends chunks before their first token that is not finite.
+
+  Returns:
+    The positions, -1 for tokens that are cut off, and which tokens are, [T].
+  """
+  num_decodes = cache.decode_table_DL.shape[0]
+  rows = cache.chunk_tokens(positions_T.shape[0])
+  positions_XR = positions_T[num_decodes:].reshape(-1, max(rows, 1))
+  pool = cache.pages.kv_PQYC
+  page_size = pool.shape[1]
+  slots_XR = jnp.maximum(positions_XR, 0)
+  page_XR = jnp.take_along_axis(
+    cache.chunk_table_XL, slots_XR // page_size, axis=1
+  )
+  kv_XRYC = pool[page_XR, slots_XR % page_size].astype(jnp.float32)
+  is_bad_XR = ~jnp.all(jnp.isfinite(kv_XRYC), axis=(2, 3)) & (positions_XR >= 0)
+  is_cut_XR = jax.lax.cummax(is_bad_XR.astype(jnp.int32), axis=1) > 0
+  is_cut_T = jnp.concatenate(
+    [jnp.zeros((num_decodes,), jnp.bool_), is_cut_XR.reshape(-1)]
+  )
+  return jnp.where(is_cut_T, -1, positions_T), is_cut_T
 
 
 def _padding_first(

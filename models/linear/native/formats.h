@@ -44,9 +44,11 @@ struct Weights {
 // --- Kernels whose scales lie apart -----------------------------------------
 
 enum class Tiles {
-  kWhole,      // a piece has one scale: tiles of 32, 64... inputs, or whole rows
-  kWithMins,   // the same, and a minimum
-  kAny,        // tiles of 16, 48... inputs; with minima or without
+  kWhole,     // a piece has one scale: tiles of 32, 64... inputs, or whole rows
+  kWithMins,  // the same, and a minimum; packed codes check this at run time
+  kFour,      // four pieces have one scale: tiles of 128, 256... inputs, or whole
+              // rows; so one table serves 128 packed codes
+  kAny,       // tiles of 16, 48... inputs; with minima or without
 };
 
 // Packed codes are decoded as they lie: the first vector has the low bits of 16
@@ -56,28 +58,41 @@ template <bool kIsPacked, Tiles kTiles>
 struct Apart {
   static constexpr bool kHasRest = true;  // rows may have any length
   static constexpr bool kIsEvenOdd = kIsPacked;
-  static constexpr int kPieces = 1;
-  static constexpr int kBytes = kIsPacked ? kPiece / 2 : kPiece;
+  static constexpr int kPieces = kTiles == Tiles::kFour ? 4 : 1;
+  static constexpr bool kMayHaveMins = kIsPacked || kTiles != Tiles::kWhole;
+  static constexpr int kPieceBytes = kIsPacked ? kPiece / 2 : kPiece;
+  static constexpr int kBytes = kPieces * kPieceBytes;
 
   struct Block {
     const uint8_t* data;
-    const float *scales, *mins, *book;
-    int64_t next;  // the tile of the second 16 inputs, from that of the first
+    Weights scales, mins;
+    bool has_mins;
+    Vec table;  // of packed codes whose 32 inputs share one scale
   };
 
   static TWO_LIVES_INLINE Block At(const Matrix& m, int64_t row, int64_t block) {
     const int64_t of_row = m.tile_out == 1 ? row : row / m.tile_out;
-    const int64_t k = block * kPiece;
+    const int64_t k = block * kPieces * kPiece;
     const int64_t first = m.tiles_in > 1 ? m.TileOf(k) : 0;
     const int64_t tile = of_row * m.tiles_in + first;
-    Block found{m.data + row * m.row_bytes + block * kBytes,
-                m.scales + (tile - m.first_tile),
-                m.mins ? m.mins + tile : nullptr, m.book, 0};
+    int64_t next = 0;  // the tile of the second 16 inputs, from the first one
     if (kTiles == Tiles::kAny && m.tiles_in > 1) {
       int64_t second = m.TileOf(k + kLanes);
       // The last 16 inputs may be beyond the row.
       if (second >= m.tiles_in) second = m.tiles_in - 1;
-      found.next = second - first;
+      next = second - first;
+    }
+    Block found;
+    found.data = m.data + row * m.row_bytes + block * kBytes;
+    found.scales = OfTiles(m.scales + (tile - m.first_tile), next);
+    found.has_mins = kMayHaveMins && m.mins;
+    if (found.has_mins) found.mins = OfTiles(m.mins + tile, next);
+    if constexpr (kIsPacked) {
+      found.table = Load(m.book);
+      // A number of the table times the scale has the bits that it has when it
+      // is multiplied for each weight.
+      if constexpr (kTiles != Tiles::kAny)
+        found.table = Scaled(found, {found.table, found.table}).first;
     }
     return found;
   }
@@ -93,30 +108,37 @@ struct Apart {
     return {first, Set(numbers[next])};
   }
 
-  static TWO_LIVES_INLINE Weights Piece(const Block& b, int) {
-    Weights w;
-    if constexpr (kIsPacked) {
-      LookUpBoth(LoadCodes(b.data), b.book, &w.first, &w.second);
-    } else {
-      w = {OfSigned(LoadCodes(b.data)), OfSigned(LoadCodes(b.data + kLanes))};
-    }
-    const Weights scales = OfTiles(b.scales, b.next);
-    w = {Mul(w.first, scales.first), Mul(w.second, scales.second)};
-    if (kTiles == Tiles::kWithMins || (kTiles == Tiles::kAny && b.mins)) {
-      const Weights mins = OfTiles(b.mins, b.next);
-      w.first = MulAdd(Set(1.0f), w.first, mins.first);
-      w.second = MulAdd(Set(1.0f), w.second, mins.second);
+  static TWO_LIVES_INLINE Weights Scaled(const Block& b, Weights w) {
+    w = {Mul(w.first, b.scales.first), Mul(w.second, b.scales.second)};
+    if (kMayHaveMins && b.has_mins) {
+      w.first = MulAdd(Set(1.0f), w.first, b.mins.first);
+      w.second = MulAdd(Set(1.0f), w.second, b.mins.second);
     }
     return w;
+  }
+
+  static TWO_LIVES_INLINE Weights Piece(const Block& b, int piece) {
+    const uint8_t* data = b.data + piece * kPieceBytes;
+    Weights w;
+    if constexpr (kIsPacked) {
+      LookUpBoth(LoadCodes(data), b.table, &w.first, &w.second);
+      return kTiles == Tiles::kAny ? Scaled(b, w) : w;
+    }
+    return Scaled(b, {OfSigned(LoadCodes(data)),
+                      OfSigned(LoadCodes(data + kLanes))});
   }
 };
 
 // Inputs in the order in which packed codes are decoded, zeros beyond the end.
 inline void OrderPacked(const float* x, int64_t columns, float* ordered) {
-  for (int64_t k = 0; k < columns; ++k) {
-    const int64_t place = k % kPiece;
-    ordered[k - place + place % 2 * kLanes + place / 2] = x[k];
-  }
+  int64_t k = 0;
+  for (; k + kPiece <= columns; k += kPiece)
+    for (int i = 0; i < kLanes; ++i) {
+      ordered[k + i] = x[k + 2 * i];
+      ordered[k + kLanes + i] = x[k + 2 * i + 1];
+    }
+  for (int i = 0; k + i < columns; ++i)
+    ordered[k + i % 2 * kLanes + i / 2] = x[k + i];
 }
 
 // --- Blocks of 32 weights ----------------------------------------------------
@@ -135,8 +157,11 @@ struct Blocks32 {
   }
 };
 
-TWO_LIVES_INLINE Weights Scaled(Codes first, Codes second, Vec scale) {
-  return {Mul(OfSigned(first), scale), Mul(OfSigned(second), scale)};
+// Both nibbles of 16 bytes: the low ones are the first weights.
+TWO_LIVES_INLINE Weights OfNibbles(Codes bytes, Vec table) {
+  Weights w;
+  LookUpBoth(bytes, table, &w.first, &w.second);
+  return w;
 }
 
 TWO_LIVES_INLINE Weights ScaledPlus(Codes first, Codes second, Vec scale,
@@ -148,25 +173,27 @@ TWO_LIVES_INLINE Weights ScaledPlus(Codes first, Codes second, Vec scale,
 struct Q8_0 : Blocks32<Q8_0> {
   static constexpr int kBytes = 34;
   static TWO_LIVES_INLINE Weights Piece(const Block& b, int) {
-    return Scaled(LoadCodes(b.data + 2), LoadCodes(b.data + 18),
-                  Set(OfHalf(b.data)));
+    const Vec scale = Set(OfHalf(b.data));
+    return {Mul(OfSigned(LoadCodes(b.data + 2)), scale),
+            Mul(OfSigned(LoadCodes(b.data + 18)), scale)};
   }
 };
 
 struct Q4_0 : Blocks32<Q4_0> {
   static constexpr int kBytes = 18;
   static TWO_LIVES_INLINE Weights Piece(const Block& b, int) {
-    const Codes bytes = LoadCodes(b.data + 2);
-    return Scaled((bytes & 15) - 8, (bytes >> 4) - 8, Set(OfHalf(b.data)));
+    const Vec scale = Set(OfHalf(b.data));
+    const Vec numbers = MulAdd(Set(1.0f), CodesAsNumbers(), Set(-8.0f));
+    return OfNibbles(LoadCodes(b.data + 2), Mul(numbers, scale));
   }
 };
 
 struct Q4_1 : Blocks32<Q4_1> {
   static constexpr int kBytes = 20;
   static TWO_LIVES_INLINE Weights Piece(const Block& b, int) {
-    const Codes bytes = LoadCodes(b.data + 4);
-    return ScaledPlus(bytes & 15, bytes >> 4, Set(OfHalf(b.data)),
-                      Set(OfHalf(b.data + 2)));
+    const Vec table = MulAdd(CodesAsNumbers(), Set(OfHalf(b.data)),
+                             Set(OfHalf(b.data + 2)));
+    return OfNibbles(LoadCodes(b.data + 4), table);
   }
 };
 
@@ -185,7 +212,9 @@ struct Q5_0 : Blocks32<Q5_0> {
   static TWO_LIVES_INLINE Weights Piece(const Block& b, int) {
     Codes codes[2];
     FiveBits(b.data + 2, b.data + 6, codes);
-    return Scaled(codes[0] - 16, codes[1] - 16, Set(OfHalf(b.data)));
+    const Vec scale = Set(OfHalf(b.data));
+    return {Mul(OfSigned(codes[0] - 16), scale),
+            Mul(OfSigned(codes[1] - 16), scale)};
   }
 };
 
@@ -209,10 +238,8 @@ struct IQ4_NL : Blocks32<IQ4_NL> {
     return {m.data + row * m.row_bytes + block * kBytes, m.book};
   }
   static TWO_LIVES_INLINE Weights Piece(const Block& b, int) {
-    const Codes bytes = LoadCodes(b.data + 2);
-    const Vec scale = Set(OfHalf(b.data));
-    return {Mul(LookUp(bytes & 15, b.book), scale),
-            Mul(LookUp(bytes >> 4, b.book), scale)};
+    return OfNibbles(LoadCodes(b.data + 2),
+                     Mul(Load(b.book), Set(OfHalf(b.data))));
   }
 };
 

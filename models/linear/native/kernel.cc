@@ -44,11 +44,13 @@ struct Product {
 // The last piece of a row that is no multiple of 32: decoded from a copy. Rows
 // of blocks are multiples.
 template <class Form>
-Weights LastPiece(const Matrix& matrix, int64_t row, int64_t block) {
-  typename Form::Block b = Form::At(matrix, row, block);
-  const int64_t rest = matrix.columns - block * kPiece;
+Weights LastPiece(const Matrix& matrix, int64_t row, int64_t piece) {
+  typename Form::Block b = Form::At(matrix, row, piece / Form::kPieces);
+  const int64_t rest = matrix.columns - piece * kPiece;
+  const int64_t begin = piece * Form::kPieceBytes;
   uint8_t bytes[kPiece] = {};
-  std::memcpy(bytes, b.data, matrix.row_bytes - block * Form::kBytes);
+  std::memcpy(bytes, matrix.data + row * matrix.row_bytes + begin,
+              matrix.row_bytes - begin);
   b.data = bytes;
   const Weights w = Form::Piece(b, 0);
   float numbers[kPiece];
@@ -81,9 +83,17 @@ TWO_LIVES_INLINE void Decode(const Matrix& matrix, int64_t row, Visit visit) {
         visit(block * Form::kPieces + piece, n, Form::Piece(found[n], piece));
   }
   if constexpr (Form::kHasRest) {
+    const int64_t pieces = matrix.columns / kPiece;
+    int64_t piece = blocks * Form::kPieces;
+    if (piece < pieces)
+      for (int n = 0; n < N; ++n) {
+        const typename Form::Block found = Form::At(matrix, row + n, blocks);
+        for (piece = blocks * Form::kPieces; piece < pieces; ++piece)
+          visit(piece, n, Form::Piece(found, piece % Form::kPieces));
+      }
     if (matrix.columns % kPiece)
       for (int n = 0; n < N; ++n)
-        visit(blocks, n, LastPiece<Form>(matrix, row + n, blocks));
+        visit(pieces, n, LastPiece<Form>(matrix, row + n, pieces));
   }
 }
 
@@ -180,14 +190,15 @@ void MultiplyPart(const Product& given, int64_t begin, int64_t end) {
     return;
   }
   const int64_t most = p.num_rows > kRows ? kGroups : 1;
-  std::vector<float> weights(p.stride * kColumns * most);
+  thread_local Floats room;  // kept: the system clears new memory
+  float* weights = room.Room(p.stride * kColumns * most);
   while (begin + kColumns <= end) {
     const int64_t groups = std::min(most, (end - begin) / kColumns);
-    MultiplyRows<Form, kColumns>(p, begin, groups, weights.data());
+    MultiplyRows<Form, kColumns>(p, begin, groups, weights);
     begin += groups * kColumns;
   }
   for (; begin < end; ++begin)
-    MultiplyRows<Form, 1>(p, begin, 1, weights.data());
+    MultiplyRows<Form, 1>(p, begin, 1, weights);
 }
 
 typedef void (*Part)(const Product&, int64_t, int64_t);
@@ -198,8 +209,13 @@ template <bool kIsPacked>
 Part PartOfApart(const Matrix& m) {
   if (m.tiles_in > 1 && m.tile_in % kPiece)
     return MultiplyPart<Apart<kIsPacked, Tiles::kAny>>;
-  return m.mins ? MultiplyPart<Apart<kIsPacked, Tiles::kWithMins>>
-                : MultiplyPart<Apart<kIsPacked, Tiles::kWhole>>;
+  if constexpr (kIsPacked) {
+    if (m.tiles_in == 1 || m.tile_in % (4 * kPiece) == 0)
+      return MultiplyPart<Apart<kIsPacked, Tiles::kFour>>;
+  } else if (m.mins) {
+    return MultiplyPart<Apart<kIsPacked, Tiles::kWithMins>>;
+  }
+  return MultiplyPart<Apart<kIsPacked, Tiles::kWhole>>;
 }
 
 // Of a form by its number: _BYTES, _NIBBLES and `_BLOCKS` of product.py.
@@ -284,18 +300,20 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   if (!product.num_rows || !matrix.rows) return ffi::Error::Success();
   product.x = x.typed_data();
   product.stride = (matrix.columns + kPiece - 1) / kPiece * kPiece;
-  std::vector<float> padded;
+  Floats padded;
   if (form == kNibbles || product.stride != matrix.columns) {
-    padded.resize(product.num_rows * product.stride);
+    float* rows = padded.Room(product.num_rows * product.stride);
     for (int64_t row = 0; row < product.num_rows; ++row) {
       const float* from = product.x + row * matrix.columns;
-      float* to = padded.data() + row * product.stride;
+      float* to = rows + row * product.stride;
+      std::fill(to + matrix.columns / kPiece * kPiece, to + product.stride,
+                0.0f);
       if (form == kNibbles)
         OrderPacked(from, matrix.columns, to);
       else
         std::copy_n(from, matrix.columns, to);
     }
-    product.x = padded.data();
+    product.x = rows;
   }
   if (groups) {
     MultiplyGroups(product, part, sizes.typed_data(), of_groups, groups, pool);

@@ -40,6 +40,7 @@ def _oracle(q_BTHC, k_BKSC, v_BKSC, mask_BTS, softcap=0.0, scale=None):
 
 
 # One tile of queries, several, and a last one that is not full.
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('time', [1, 5, 64, 65, 150])
 def test_causal_attention(time):
   q, k, v = _inputs(time)
@@ -107,6 +108,7 @@ def test_queries_see_the_slots_up_to_their_own():
 
 
 # Below, at and above a tile of 64 rows; a window longer than every row.
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize('window', [1, 5, 64, 70, 200])
 def test_a_window_is_the_latest_keys_own_included(window):
   q, k, v = _inputs(150, batch=1, heads=2, kv_heads=1)
@@ -156,6 +158,7 @@ def test_no_array_is_as_large_as_the_square_of_time():
   assert compiled.memory_analysis().temp_size_in_bytes < square
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize('time', [64, 150, 256, 300])
 @pytest.mark.parametrize('max_apart', [1, 2, 4])
 @pytest.mark.parametrize('window', [0, 40])

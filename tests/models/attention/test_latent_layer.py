@@ -38,6 +38,7 @@ def test_a_token_leaves_a_latent_and_a_rotated_key():
   assert [x.shape for x in jax.tree.leaves(pools)] == [(7, 4, 1, 12)] * 2
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('scan_layers', [False, True])
 @pytest.mark.parametrize(
   'how',
@@ -62,6 +63,7 @@ def test_dense_caches_give_the_full_forward(case, scan_layers, how):
   np.testing.assert_allclose(np.concatenate(got), full_TV, atol=1e-4)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
   'how',
   [execution.Execution(), invariant.execution()],

@@ -70,6 +70,7 @@ def _both(case, q_BRHC, positions_BR, form=form_lib.Form(), group=1):
   return np.asarray(dense), np.asarray(paged)
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize('page_size', [1, 16, 64, 192])
 @pytest.mark.parametrize(
   'form',

@@ -256,6 +256,7 @@ def _expected(q_BTHC, k_BKTC, v_BKTC, segments_BT=None, form=Form()):
   return np.einsum('BHTS,BHSC->BTHC', weights, v_BHTC)
 
 
+@pytest.mark.fast_cases(8)
 @pytest.mark.parametrize(
   ('name', 'field'),
   [(name, field) for name, path in PATHS.items() for field in path.form],

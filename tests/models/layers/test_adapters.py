@@ -200,6 +200,7 @@ def test_a_row_does_not_depend_on_the_adapters_of_others():
   np.testing.assert_array_equal(logits(1, 0, 3, 0)[0], first[0])
 
 
+@pytest.mark.slow
 def test_slots_may_differ_within_a_row():
   model = _model()
   params = _params(model)
@@ -214,6 +215,7 @@ def test_slots_may_differ_within_a_row():
   assert np.abs(found[0, 8:] - base[0, 8:]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_table_of_latent_projections_is_refused():
   model = _model('latent')
   params = _params(model)

@@ -51,6 +51,7 @@ def _plain_sums(hidden, head, targets, weights, form=PLAIN):
   return cross_entropy.LossSums(nll + form.z_weight * z, nll, z)
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize('form', FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize('chunks', [1, 3, 12])
 def test_fused_cross_entropy_equals_the_plain_one(chunks, form):

@@ -55,6 +55,7 @@ def _value_and_gradients():
   return jax.jit(product)
 
 
+@pytest.mark.fast_cases(6)
 @pytest.mark.parametrize('name', SIZES)
 def test_products_and_gradients_equal_a_loop_over_groups(name):
   sizes, num_rows = SIZES[name]
@@ -74,6 +75,7 @@ def test_products_and_gradients_equal_a_loop_over_groups(name):
     start += size
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize('w_axis', [1, 2])
 @pytest.mark.parametrize('name', ['uneven', 'rows of no group', 'one group'])
 def test_pieces_equal_what_accelerators_compute(name, w_axis):

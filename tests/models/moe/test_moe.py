@@ -72,6 +72,7 @@ def _numpy_moe(config, params, x_BTD):
   return out_BTD, np.array(chosen_BTA)
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize(
   'overrides',
   [
@@ -94,6 +95,7 @@ def test_a_mixture_is_a_loop_over_experts(overrides):
   np.testing.assert_array_equal(sums['expert_load'], counts_E)
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('scheme', ['int8', 'ordered', 'mixed'])
 @pytest.mark.parametrize(
   'ports', [execution.Execution(), invariant.execution()], ids=['fast', 'inv']

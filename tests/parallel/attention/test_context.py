@@ -75,6 +75,7 @@ def _run_split(mesh, kind, q, k, v, dout, segments, form=form_lib.Form()):
   return [out[:, back], dq[:, back], dk[:, :, back], dv[:, :, back]]
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(
   ('sizes', 'num_heads', 'num_kv', 'segments'),
@@ -105,6 +106,7 @@ def test_split_attention_is_attention(kind, sizes, num_heads, num_kv, segments):
     np.testing.assert_allclose(a, b, atol=5e-6)
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(
   'form',

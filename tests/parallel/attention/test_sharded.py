@@ -41,6 +41,7 @@ def _value_and_gradients(attend, q, k, v, segments):
   return out, *pull(jnp.cos(out))
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
   'axes',
   [

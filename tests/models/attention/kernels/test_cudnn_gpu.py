@@ -46,6 +46,7 @@ def _run(attend, segments, weights, kv_heads=KV_HEADS):
   return out * weights, *pull(g * weights)
 
 
+@pytest.mark.fast_cases(7)
 @pytest.mark.parametrize('kv_heads', [1, 2, 4])
 @pytest.mark.parametrize(
   ('rows', 'max_documents', 'window'),

@@ -70,6 +70,7 @@ def _both(attend, call, form=Form()):
   ]
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize('stored', ['float32', 'uint16', 'int8', 'uint8'])
 @pytest.mark.parametrize(
   'form', [Form(), Form(window=37), Form(softcap=5.0, scale=0.3)], ids=str

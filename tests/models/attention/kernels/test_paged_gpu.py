@@ -79,6 +79,7 @@ def _real(out_1THC):
   return np.asarray(out_1THC, np.float32)[np.asarray(_positions()) >= 0]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
   ('page_size', 'name'),
   [(1, 'narrow'), (16, 'plain'), (16, 'all'), (64, 'all')],

@@ -62,6 +62,7 @@ def _real(out_1THC, positions_1T=None):
   return np.asarray(out_1THC, np.float32)[np.asarray(positions_1T) >= 0]
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
   ('page_size', 'form'),
   [

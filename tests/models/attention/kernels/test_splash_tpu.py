@@ -55,6 +55,7 @@ def small_tiles(monkeypatch):
   monkeypatch.setattr(splash_tpu, 'MAX_TILE_ROWS', 128)
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.usefixtures('small_tiles')
 @pytest.mark.parametrize(
   ('kernel', 'heads', 'kv_heads', 'channels', 'is_packed'),

@@ -43,6 +43,7 @@ def _called(function, *arrays):
   return np.asarray(lowered.compile()(*arrays), np.float32)
 
 
+@pytest.mark.fast_cases(10)
 @pytest.mark.parametrize('is_transposed', [False, True])
 @pytest.mark.parametrize('dtype', _DTYPES)
 @pytest.mark.parametrize('shape', _SHAPES)

@@ -58,6 +58,7 @@ def _bound(x_RI, w_IO):
   return 2e-6 * magnitudes + 1e-30
 
 
+@pytest.mark.fast_cases(6)
 @pytest.mark.parametrize('kind', _KINDS)
 @pytest.mark.parametrize('shape', [(1, 96, 37), (7, 200, 9), (33, 70, 4)])
 def test_numbers_are_those_of_the_plain_product(ports, kind, shape):
@@ -70,6 +71,7 @@ def test_numbers_are_those_of_the_plain_product(ports, kind, shape):
   assert np.all(np.abs(found - expected) < _bound(x_RI, w_IO))
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize('kind', _KINDS)
 def test_a_row_has_the_same_bits_alone_and_among_others(ports, kind):
   # 260 columns are several parts, which threads take. Rows are multiplied up
@@ -87,6 +89,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(ports, kind):
     np.testing.assert_array_equal(found, alone[:num_rows])
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize('kind', _KINDS)
 def test_builds_for_other_processors_agree(ports, kind):
   w_IO = any_kernels.kernel(kind, 296, 11)
@@ -115,6 +118,7 @@ def _experts(kind, inputs, outputs, num):
   return jax.tree.map(turned, any_kernels.kernel(kind, inputs, outputs))
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize('kind', _KINDS)
 def test_experts_are_multiplied_in_one_call_with_the_bits_of_each(ports, kind):
   sizes = [2, 0, 9, 1, 0]
@@ -166,15 +170,15 @@ def test_scales_of_any_dtype_are_the_numbers_that_jax_reads(ports, dtype):
 
 
 @pytest.mark.parametrize('form', ['int4', 'uint4'])
-@pytest.mark.parametrize('tile_in', [16, 32, 48])
+@pytest.mark.parametrize('tile_in', [16, 32, 48, 128])
 def test_packed_tiles_of_any_width(ports, form, tile_in):
-  # 106 inputs: the last piece and the last tile are partial. A tile of 16 or 48
+  # 298 inputs: the last piece and the last tile are partial. A tile of 16 or 48
   # ends within a piece, whose even and odd inputs are decoded apart.
-  w_IO = jnp.asarray(np.random.default_rng(0).normal(size=(106, 9)), 'float32')
+  w_IO = jnp.asarray(np.random.default_rng(0).normal(size=(298, 9)), 'float32')
   w_IO = rounding.quantise(w_IO, form, (1, tile_in))
   assert (w_IO.mins is None) == (form == 'int4')
   for num_rows in (1, 7):
-    x_RI = _inputs(num_rows, 106)
+    x_RI = _inputs(num_rows, 298)
     found = _multiplied(ports(), x_RI, w_IO)
     expected = np.asarray(x_RI) @ np.asarray(w_IO.whole(jnp.float32))
     assert np.all(np.abs(found - expected) < _bound(x_RI, w_IO))

@@ -50,6 +50,7 @@ def in_blocks(request, monkeypatch):
   return request.param == 'blocks'
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('name', _NAMES)
 @pytest.mark.parametrize('columns', [24, 40])
@@ -104,6 +105,7 @@ def test_the_backward_pass_keeps_no_whole_kernel():
   assert kept < 64 * 24 * 4
 
 
+@pytest.mark.fast_cases(7)
 @pytest.mark.parametrize('name', [*_NAMES, 'fp8', 'mxfp4'])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('num_rows', [1, 32])
@@ -183,6 +185,7 @@ def _looped(x_JI, w_EIO):
   return y_JO
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize('multiply', [plain.linear, invariant.linear])
 @pytest.mark.parametrize('name', [*_NAMES, 'mxfp4'])
 def test_rows_meet_the_matrix_of_their_expert(name, multiply, in_blocks):
@@ -222,6 +225,7 @@ def test_only_matrices_of_chosen_experts_are_multiplied():
   assert np.isfinite(y_JO).all()
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize('name', ['int8', 'nf4', 'mxfp4', 'square tiles'])
 @pytest.mark.parametrize('multiply', [plain.linear, invariant.linear])
 def test_a_compiled_product_makes_no_float_copy_of_an_expert(name, multiply):

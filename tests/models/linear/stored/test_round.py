@@ -38,6 +38,7 @@ def test_values_of_a_base_are_those_of_qwix(form, rows):
 # Relative errors on normal weights. Published: Q8_0 .0054, int8 of a row .0087,
 # uint4 .0998, nf4 .0919, fp8 .0265, mxfp4 .1150, int4 .1174 (with
 # 7 steps up to the largest number; here 7.5).
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize(
   ('scheme', 'bits', 'error'),
   [
@@ -63,6 +64,7 @@ def test_a_scheme_has_its_bits_and_its_error(scheme, bits, error):
   assert 0.9 * error < found < 1.02 * error
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize('scheme', rounding.SCHEMES)
 def test_inputs_that_no_tile_divides_cost_as_many_bits(scheme):
   # 514 has the divisors 2 and 257 alone.
@@ -79,6 +81,7 @@ def test_inputs_that_no_tile_divides_cost_as_many_bits(scheme):
   assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize('scheme', rounding.SCHEMES)
 def test_stacked_kernels_are_rounded_one_by_one(scheme):
   w_NIO = _kernel(3, 64, 8) * jnp.array([1, 30, 0.1])[:, None, None]
