@@ -5,10 +5,11 @@
 A model of random weights draws random letters, so an answer can be valid only
 because of its grammar. `jsonschema`, which shares no code with the grammars,
 checks each answer. Masks are timed again afterwards, one by one, with the
-sampled tokens. Then the time per step of a batch with half constrained and half
-free answers is compared with the same batch without constraints. A dispatch has
-one step in the one and many in the other, so a tiny model is bound by the host:
---layers and --width make a model whose steps take longer.
+sampled tokens, and those of random answers in a vocabulary of 128,256 ids
+(`large_vocabulary`). Then the time per step of a batch with half constrained
+and half free answers is compared with the same batch without constraints. A
+dispatch has one step in the one and many in the other, so a tiny model is bound
+by the host: --layers and --width make a model whose steps take longer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,12 @@ from absl import app, flags
 import jsonschema
 import numpy as np
 
-from benchmarks.common import entry, json_schemas, random_model
+from benchmarks.common import (
+  entry,
+  json_schemas,
+  large_vocabulary,
+  random_model,
+)
 from checks import expect
 from inference.constraints import constraint as constraint_lib, grammars
 from inference.engine import engine as engine_lib, engine_config
@@ -130,6 +136,49 @@ def mask_ms(
   return times
 
 
+def large(
+  samples: int, vocab_size: int = 128_256, most_tokens: int = 60
+) -> dict[str, Any]:
+  """Returns the figures of masks of a large vocabulary, in random answers.
+
+  Args:
+    samples: answers under each schema.
+    vocab_size: V, of a vocabulary that is made.
+    most_tokens: of an answer.
+  """
+  # Of a tokenizer, it has the parts that grammars read.
+  vocabulary: Any = large_vocabulary.Vocabulary(vocab_size)
+  found, rng = grammars.Grammars(vocabulary), np.random.default_rng(0)
+  bits_W = np.zeros(-(-vocab_size // 32), np.uint32)
+  masks, pushes = [], []
+  for schema in json_schemas.ALL * samples:
+    matcher = found.compile(constraint_lib.json_schema(schema)).matcher()
+    token = -1
+    for _ in range(most_tokens):
+      start = time.thread_time()
+      matcher.fill(bits_W)
+      masks.append(1e3 * (time.thread_time() - start))
+      if matcher.failure:
+        raise ValueError(f'got {matcher.failure}, expected a next token')
+      bits_V = np.unpackbits(bits_W.view(np.uint8), bitorder='little')
+      token = int(rng.choice(np.flatnonzero(bits_V)))
+      if token == vocabulary.eos_id:
+        break
+      start = time.thread_time()
+      matcher.push(token)
+      pushes.append(1e3 * (time.thread_time() - start))
+  return {
+    'name': 'large_vocabulary',
+    'ids': vocab_size,
+    'masks': len(masks),
+    **{
+      f'{name}_p{share}_ms': float(np.percentile(times, share))
+      for name, times in (('mask', masks), ('push', pushes))
+      for share in (50, 99, 100)
+    },
+  }
+
+
 def mixed_ms(engine: engine_lib.Engine, *, is_constrained: bool) -> float:
   """Returns the median ms of a step; half of the batch may be constrained."""
   constraint = constraint_lib.regex('[a-z]*') if is_constrained else None
@@ -199,6 +248,15 @@ def report(result: dict[str, Any]) -> str:
       f' with half of them constrained, {result["free_ms"]:.2f} ms without,'
       f' ratio {result["ratio"]:.2f}'
     )
+  if result['name'] == 'large_vocabulary':
+    parts = [
+      f'{name} p50 {result[f"{name}_p50_ms"]:.3f}, p99'
+      f' {result[f"{name}_p99_ms"]:.3f}, max {result[f"{name}_p100_ms"]:.1f} ms'
+      for name in ('mask', 'push')
+    ]
+    return f'{result["masks"]:,} masks, {result["ids"]:,} ids: ' + '; '.join(
+      parts
+    )
   line = (
     f'{result["answers"]} answers of {result["schemas"]} schemas:'
     f' {result["ended"]} ended, {len(result["faults"])} not valid;'
@@ -211,6 +269,7 @@ def report(result: dict[str, Any]) -> str:
 def measure(args: Any) -> Iterator[entry.Result]:
   """Yields the figures of answers, then the figures of a batch."""
   yield sampled(args.samples)
+  yield large(args.rounds)
   yield beside(args.rounds, args.layers, args.width)
 
 

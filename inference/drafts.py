@@ -5,6 +5,7 @@ head was trained for one set of weights.
 """
 
 import pathlib
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -23,6 +24,26 @@ from storage import file_names
 _MODEL = 'params'  # the collection that an engine computes with
 _FLAG = 'engine.draft_model'
 _HEAD_FLAG = 'engine.draft_head'
+DIRECTORIES = 'draft_model', 'draft_head'  # fields of the config of an engine
+
+
+class Memory(NamedTuple):
+  """The bytes of what drafts, on each device of an engine."""
+
+  kind: str = ''  # model or head
+  weights: int = 0
+  # Of a head: the rows of the model's unembedding that it has beside them.
+  num_rows: int = 0
+  row_bytes: int = 0
+  bytes_per_token: float = 0.0  # of a sequence
+
+  def num_bytes(self, vocab_size: int) -> int:
+    """Returns the bytes of weights.
+
+    Args:
+      vocab_size: ids of the model that a device has.
+    """
+    return self.weights + min(self.num_rows, vocab_size) * self.row_bytes
 
 
 def read(
@@ -46,6 +67,7 @@ def read(
       head=found.head,
       num_ids=found.manifest.num_ids,
       dtype=target.manifest.dtype,
+      digest=found.manifest.head_digest,
     )
   if not config.draft_model:
     return None
@@ -72,45 +94,61 @@ def read(
       shapes, lambda convert: {_MODEL: frozen.read_params(convert)[_MODEL]}
     ),
     dtype=frozen.manifest.dtype,
+    digest=frozen.manifest.weights_digest,
   )
 
 
 def memory(
   config: engine_config.EngineConfig,
-  manifest: manifest_lib.Manifest,
+  target: model_config.ModelConfig,
+  dtype: Any,
   backend: execution.Backend,
   platform: str,
-) -> tuple[int, float]:
-  """Returns the bytes of what drafts, and its bytes per token of a sequence.
-
-  They are known from manifests; 0 if the config has no such drafts.
+) -> Memory:
+  """Returns the bytes of what drafts with a config; it reads manifests alone.
 
   Args:
     config: of an engine.
-    manifest: of the model.
-    backend: of the model.
+    target: the model that it drafts for.
+    dtype: of that model.
+    backend: of that model.
     platform: of its device.
+
+  Raises:
+    FileNotFoundError: there is no such directory.
+    ValueError: a head is of a model of another width.
   """
   if config.draft_head:
     directory = paths.expanded(_HEAD_FLAG, config.draft_head)
     found = draft_heads.read_manifest(directory)
-    numbers = found.num_params + found.num_ids * found.model_width
-    stored = device_state.hidden_dtype(manifest.dtype, backend.kv_dtype)
+    width = target.model_width
+    if found.model_width != width:
+      raise ValueError(
+        f'{_HEAD_FLAG}: got {directory} for a model of width'
+        f' {found.model_width}, expected one for width {width}; give the head'
+        ' that was trained for this model'
+      )
+    stored = device_state.hidden_dtype(dtype, backend.kv_dtype)
     ports = draft_head.Ports.of(
-      backend.execution, manifest.dtype, draft_head.most_rows(config)
+      backend.execution, dtype, draft_head.most_rows(config)
     )
-    return (
-      numbers * jnp.dtype(ports.dtype).itemsize,
-      found.model_width * jnp.dtype(stored).itemsize,
+    itemsize = jnp.dtype(ports.dtype).itemsize
+    return Memory(
+      config.speculation,
+      found.num_params * itemsize,
+      found.num_ids,
+      width * itemsize,
+      width * jnp.dtype(stored).itemsize,
     )
   if not config.draft_model:
-    return 0, 0.0
+    return Memory()
   directory = paths.expanded(_FLAG, config.draft_model)
   manifest = manifest_lib.read(pathlib.Path(directory))
   model = model_config.ModelConfig.from_dict(manifest.model)
   weights = stored_kernels.num_bytes(frozen_format.shapes_of(manifest, model))
   drafting = draft_model.backend(config, model, manifest.dtype, platform)
-  return weights, drafting.bytes_per_token(model)
+  per_token = drafting.bytes_per_token(model)
+  return Memory(config.speculation, weights, bytes_per_token=per_token)
 
 
 def _tokenizer_files(manifest: manifest_lib.Manifest) -> dict[str, str]:

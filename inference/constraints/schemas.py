@@ -7,6 +7,9 @@ passes the check is valid JSON of that schema.
 
 from collections.abc import Iterator
 import decimal
+import json
+import math
+import re
 from typing import Any
 
 from checks import expect
@@ -19,6 +22,10 @@ _MOST_PROPERTIES = 400
 _MOST_AT_ONCE = 8
 # States of an automaton: 999,983 took 47 s and 324 MB, 1,009 took 25 ms.
 _MOST_MULTIPLE = 1000
+# The same for schemas that may hold at once: their automata are multiplied.
+# Four numbers below 1,000 in `allOf` took .6 s for a mask, and 250 MB.
+_MOST_COMMON_MULTIPLE = 10_000
+_COMBINING = '$ref', 'allOf', 'anyOf', 'oneOf'
 # Keywords whose value is a schema, a list of schemas, or a dict of schemas.
 _ONE = 'items', 'additionalProperties'
 _LIST = 'anyOf', 'oneOf', 'allOf', 'prefixItems'
@@ -49,6 +56,7 @@ def check(schema: Any) -> None:
       message begins with the path in the schema.
   """
   num_nodes = num_at_once = 0
+  multiple, combining = 1, ''
   for path, node in _nodes(schema, '#', 0):
     num_nodes += 1
     if num_nodes > _MOST_NODES:
@@ -70,10 +78,13 @@ def check(schema: Any) -> None:
         )
       if name in _COUNTS and isinstance(value, int) and value > _MOST_COUNT:
         raise _refused(where, value, f'at most {_MOST_COUNT}')
-      if name == 'multipleOf' and not _is_small(value):
-        raise _refused(
-          where, value, f'a number above 0 of digits up to {_MOST_MULTIPLE}'
-        )
+      if name == 'multipleOf':
+        if not _digits(value) <= _MOST_MULTIPLE:
+          raise _refused(
+            where, value, f'a number above 0 of digits up to {_MOST_MULTIPLE}'
+          )
+        multiple = math.lcm(multiple, int(_digits(value)))
+      combining = where if name in _COMBINING else combining
       num = len(value) if isinstance(value, dict) else 0
       if name == 'properties' and num > _MOST_PROPERTIES:
         raise _refused(
@@ -82,17 +93,50 @@ def check(schema: Any) -> None:
       most = constraint.MOST_CHOICES
       if name == 'enum' and isinstance(value, list) and len(value) > most:
         raise _refused(where, f'{len(value)} values', f'at most {most}')
+  if combining and multiple > _MOST_COMMON_MULTIPLE:
+    raise _refused(
+      combining,
+      f'schemas that may hold at once, all multiples of {multiple:,}',
+      f'numbers of multipleOf with a multiple up to {_MOST_COMMON_MULTIPLE:,}',
+    )
 
 
-def _is_small(multiple: Any) -> bool:
-  """Returns whether the digits of a `multipleOf` are a small number."""
+def checked_lark(grammar: str) -> str:
+  """Returns a grammar in Lark with its JSON schemas as they were checked.
+
+  Raises:
+    ConstraintError: see `check`; the message names the schema by its order.
+  """
+  parts, end = [], 0
+  for index, found in enumerate(re.finditer(r'%json\s*(?={)', grammar), 1):
+    if found.start() < end:
+      continue  # within a schema
+    try:
+      schema, stop = json.JSONDecoder().raw_decode(grammar, found.end())
+      # Options of the library, which may lie beside the schema.
+      check({each: schema[each] for each in schema if each != 'x-guidance'})
+    except constraint.ConstraintError as error:
+      raise constraint.ConstraintError(
+        f'lark: %json, number {index}: {error}'
+      ) from None
+    except (ValueError, RecursionError):
+      raise constraint.ConstraintError(
+        f'lark: %json, number {index}: got no JSON, expected a schema'
+      ) from None
+    parts += grammar[end : found.end()], json.dumps(schema)
+    end = stop
+  return ''.join((*parts, grammar[end:]))
+
+
+def _digits(multiple: Any) -> float:
+  """Returns the digits of a `multipleOf` as a number; infinity: it is none."""
   if isinstance(multiple, bool) or not isinstance(multiple, int | float):
-    return False
+    return math.inf
   value = decimal.Decimal(repr(multiple))
   if not value.is_finite() or value <= 0:
-    return False
+    return math.inf
   exponent = int(value.as_tuple().exponent)
-  return 0 < value.scaleb(-min(exponent, 0)) <= _MOST_MULTIPLE
+  return float(value.scaleb(-min(exponent, 0)))
 
 
 def _nodes(node: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:

@@ -82,6 +82,7 @@ def _body(
     return f'{name}: {" | ".join(map(json.dumps, json.loads(text)))}'
   if constraint.kind == constraint_lib.REGEX:
     return f'{name}: BODY\nBODY: /{library.regex_to_lark(text)}/'
+  text = schemas.checked_lark(text)
   grammars.append({'name': _INNER, 'lark_grammar': text})
   return f'{name}: @{_INNER}'
 

@@ -13,11 +13,15 @@ the same time.
 
 The mask of a step is the port: `inference.engine.flight` applies it as a
 grammar's, so preemption, drafts and several samples need nothing of their own.
+A copy counts the tokens of a draft as reasoning: behind the cap, each position
+of the draft allows the token of the closing marker that is due there.
 Log-probabilities are the model's own, of forced tokens too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import copy
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -61,8 +65,10 @@ class Capped:
 
   def matcher(self, stop_ids: Sequence[int] = ()) -> 'Matcher':
     """Returns the state of a new sequence."""
-    inner = self._inner.matcher(stop_ids) if self._inner else None
-    return Matcher(self._cap, inner, self._tokenizer)
+    begin = None
+    if self._inner:
+      begin = functools.partial(self._inner.matcher, stop_ids)
+    return Matcher(self._cap, begin, self._tokenizer)
 
 
 class Matcher:
@@ -71,10 +77,11 @@ class Matcher:
   def __init__(
     self,
     cap: Cap,
-    inner: grammars.Matcher | None,
+    begin: Callable[[], grammars.Matcher] | None,
     tokenizer: tokenizer_lib.Tokenizer,
   ):
-    self._cap, self._inner, self._tokenizer = cap, inner, tokenizer
+    self._cap, self._begin, self._tokenizer = cap, begin, tokenizer
+    self._inner = begin() if begin else None
     self._decoder = detokenize.StreamDecoder(tokenizer, is_continued=True)
     self.num_tokens = 0  # of reasoning so far
     self._is_inside = cap.is_open
@@ -101,9 +108,13 @@ class Matcher:
     bits_W[:] = 0
     bits_W[token >> 5] = np.uint32(1 << (token & 31))
 
-  def ahead(self) -> None:
-    """Looks at no draft: its next token alone is sampled."""
-    return
+  def ahead(self) -> 'Matcher':
+    """Returns a copy that looks at a draft."""
+    made = copy.copy(self)
+    made._inner = self._inner.ahead() if self._inner else None
+    made._decoder = self._decoder.copy()
+    made._forced = [*self._forced]
+    return made
 
   def push(self, token: int) -> None:
     """Takes the token that was sampled."""
@@ -159,9 +170,15 @@ class Matcher:
     """Forces the closing marker once the cap is reached."""
     if not self._is_inside or self.num_tokens < self._cap.most_tokens:
       return
+    if self._begin and not self._decoder.is_whole:
+      # No marker follows half a character in a grammar. Reasoning is free text,
+      # so the state behind the marker is the same without it.
+      self._inner = self._begin()
+      for token in () if self._cap.is_open else self._ids(self._cap.opening):
+        self._inner.push(token)
     closing = self._cap.closing
     if self._is_special_closing:
-      self._forced = [self._tokenizer.special_tokens[closing]]
+      self._forced = list(self._ids(closing))
       return
     # The model may be in the middle of it.
     begun = next(
@@ -169,6 +186,10 @@ class Matcher:
       if self._tail.endswith(closing[:n])
     )  # fmt: skip
     self._forced = list(self._tokenizer.encode(closing[begun:]))
+
+  def _ids(self, marker: str) -> Sequence[int]:
+    special = self._tokenizer.special_tokens.get(marker)
+    return self._tokenizer.encode(marker) if special is None else (special,)
 
   @property
   def _is_special_closing(self) -> bool:

@@ -73,21 +73,3 @@ def prefill(config: Any) -> None:
         f'engine.{name}: got {getattr(config, name)} with prefill_engines ='
         f' {config.prefill_engines}, expected {expected}; change one of them'
       )
-
-
-def over_processes(config: Any) -> None:
-  """Checks an engine over several processes.
-
-  Raises:
-    ValueError: it wants something that works in one process only.
-  """
-  if config.speculation in ('model', 'head'):
-    raise ValueError(
-      f'engine.speculation: got {config.speculation} over several processes,'
-      ' expected off or ngram; start one process, or use ngram'
-    )
-  if config.prefill_engines:
-    raise ValueError(
-      f'engine.prefill_engines: got {config.prefill_engines} over several'
-      ' processes, expected 0; start one process, or leave it out'
-    )

@@ -51,6 +51,16 @@ def unread(params: Params | Unread) -> Unread:
   return Unread(params, read)
 
 
+def abstract(tree: Any) -> Any:
+  """Returns the shapes, dtypes and shardings of the arrays of a tree."""
+
+  def of_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, 'sharding', None)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree.map(of_leaf, tree)
+
+
 def check_alike(params: Params, served: Params) -> None:
   """Checks that params can take the place of others.
 

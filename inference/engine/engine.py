@@ -36,7 +36,6 @@ import jax.numpy as jnp
 
 from inference.constraints import grammars
 from inference.engine import (
-  config_checks,
   device_state,
   engine_config,
   entrance,
@@ -110,8 +109,7 @@ class Engine:
     self.metrics, self._last_gauged = metrics.Metrics(), 0.0
     self._leader = leader
     if leader:
-      config_checks.over_processes(config)
-      devices = leader.devices_of(config.tensor)
+      devices = leader.devices_of(config)
     vocab_size = tokenizer.vocab_size
     self.placement = placement_lib.make(
       config, self.model_config, params, devices, vocab_size=vocab_size
@@ -142,12 +140,10 @@ class Engine:
       make=told.maker(leader),
       beside=self.adapters.beside,
       draft=self.draft,
-      compile_all=compile_all,
+      compile_all=compile_all or leader is not None,
     )
     self._state, self._programs, self.params, self.compile_seconds = made
     self._begin_prefillers(params, devices, dtype, compile_all)
-    if self.draft:
-      self.draft.use(self.params)
     if leader:
       leader.wait(loading)
     self.adapters.put = self._programs.put_adapter
@@ -167,7 +163,8 @@ class Engine:
       self._state,
       devices,
       page_tokens=self.page_tokens,
-      make=lambda own, params, devices: Engine(
+      leader=self._leader,
+      make=lambda own, params, devices, leader: Engine(
         self.model_config,
         params,
         tokenizer=self.tokenizer,
@@ -176,6 +173,7 @@ class Engine:
         config=own,
         compile_all=compile_all,
         devices=devices,
+        leader=leader,
       ),
     )
     self.adapters.mirror = self._prefillers
@@ -191,6 +189,7 @@ class Engine:
         config=self.config,
         dtype=dtype,
         num_pages=num_pages,
+        draft_digest=making.digest(self.draft),
       ),
     )
 
@@ -378,7 +377,7 @@ class Engine:
   def release(self) -> None:
     """Frees weights and KV cache at once, whatever refers to the arrays."""
     if self._leader:
-      self._leader.tell('release')
+      self._leader.release()
     held = self.adapters.beside(self.params), self._state
     if self.draft:
       held = held, self.draft.arrays
@@ -457,7 +456,8 @@ class Engine:
     may_draft = self._flight is None and self._may_draft
     if may_draft and (drafts := self._speculator.drafts(plan)):
       return self.manager.begin(plan, drafts=drafts)
-    most = self._accounts.most_decode_steps(most, self.config.stream_seconds)
+    limit = self.config.stream_seconds
+    most = self._accounts.most_decode_steps(most, limit, len(plan.decodes))
     num = self.manager.decode_steps(plan, most)
     return self.manager.begin(plan, decode_steps=num)
 

@@ -112,7 +112,8 @@ class EngineConfig:
     'Further engines that only compute prompts, so that a long prompt delays no'
     ' token of other answers. Each takes engine.tensor more devices, a copy of'
     ' the weights, and its own pages. A prompt of more than chunk_tokens goes'
-    ' to one of them. 0: prompts are computed beside answers.',
+    ' to one of them. Over several processes, each gives all engines as many of'
+    ' its devices. 0: prompts are computed beside answers.',
   )
   tensor_parts: int = flag_field.field(
     0,
@@ -155,7 +156,7 @@ class EngineConfig:
     ' host. They do not change any token.',
   )
   stream_seconds: float = flag_field.field(
-    0.025,
+    0.04,
     'Longest time of the decode steps that are sent at once: tokens of a stream'
     ' arrive in groups of this time, and a new request waits for up to two'
     ' groups. 0: no limit, for work without streams.',
@@ -175,17 +176,20 @@ class EngineConfig:
     ' the tokenizer of the model; five times smaller or more is best. Its'
     ' weights and its KV cache take memory, too, on each device of'
     ' engine.tensor.',
+    is_path=True,
   )
   draft_head: str = flag_field.field(
     '',
     'Directory of the draft head, with speculation=head: the frozen result of'
     ' experiments/draft_head.py. It was trained for these weights.',
+    is_path=True,
   )
   draft_tokens: int | None = flag_field.field(
     None,
     'Largest number of tokens that are guessed at once for a sequence; needs'
-    ' speculation. A step computes one token more per sequence. Default: 7, or'
-    ' 4 with a draft model or head, whose tokens take time.',
+    ' speculation. A step computes one token more per sequence. Beside prompts'
+    ' guesses are shorter: they take places of decoding sequences. Default: 7,'
+    ' or 4 with a draft model or head, whose tokens take time.',
   )
   constraints: bool = flag_field.field(
     True,

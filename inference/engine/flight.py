@@ -31,7 +31,10 @@ from inference.engine import (
   metrics as metrics_lib,
   steps,
 )
-from inference.engine.compiled import programs as programs_lib
+from inference.engine.compiled import (
+  pending as pending_lib,
+  programs as programs_lib,
+)
 from inference.requests import answer, requests
 from inference.sampling import settings as settings_lib
 from inference.scheduling import page_tables, spans
@@ -48,9 +51,18 @@ class Flight(NamedTuple):
   step: spans.Step
   shape: steps.Shape
   outputs: steps.Outputs | None  # None: it is not sampled yet
-  pending: programs_lib.Pending | programs_lib.Drafted | None
+  pending: pending_lib.Pending | pending_lib.Drafted | pending_lib.Beside | None
   sent_at: float  # seconds of `time.perf_counter`
   width: int = 1  # tokens of the shape for each decode
+  # Of a step with drafts beside chunks: the shape of its program. `shape` is
+  # that of its outputs.
+  beside: steps.Shape | None = None
+
+  def num_rows(self, chunk_tokens: int) -> int:
+    """Returns the tokens in the shape of its program, padding included."""
+    num_decodes, num_chunks = self.beside or self.shape
+    width = 1 if self.beside else self.width
+    return num_decodes * width + num_chunks * chunk_tokens
 
 
 def with_grammar(
@@ -108,6 +120,10 @@ def sent(
     chunk_tokens: tokens per chunk.
   """
   now = time.perf_counter()
+  if step.is_verified and step.chunks:
+    return _beside(
+      step, programs, params, state, lives=lives, chunk_tokens=chunk_tokens
+    )
   if step.is_verified:
     return _verified(step, programs, params, state, lives)
   is_split = any(
@@ -148,6 +164,37 @@ def _verified(
   return state, flight._replace(outputs=outputs, pending=None)
 
 
+def _beside(
+  step: spans.Step,
+  programs: programs_lib.Programs,
+  params: device_state.Params,
+  state: device_state.State,
+  *,
+  lives: Lives,
+  chunk_tokens: int,
+) -> tuple[device_state.State, Flight]:
+  """Sends a step that verifies drafts beside chunks."""
+  now = time.perf_counter()
+  num_rows = sum(span.length for span in step.decodes)
+  shape = next(  # drafts are as long as a shape allows
+    shape
+    for shape in programs.beside_shapes(len(step.decodes), len(step.chunks))
+    if shape.num_decodes >= num_rows
+  )
+  flat_I, inputs = programs.empty_inputs(shape)
+  inputs_lib.fill(inputs, step, chunk_tokens=chunk_tokens, answers=lives)
+  key = programs.keys_beside[shape]
+  spans_2XW = inputs_lib.drafted_rows(step, key, shape.num_decodes)
+  state, found = programs.forward(shape, params, state, flat_I)
+  pending = pending_lib.Beside(key, found, spans_2XW)
+  outputs = steps.Shape(key.num_decodes, shape.num_chunks)
+  flight = Flight(step, outputs, None, pending, now, key.width, shape)
+  if any(span.samples and lives[span.sequence].matcher for span in step.spans):
+    return state, flight
+  state, sampled = programs.accept_beside(state, pending)
+  return state, flight._replace(outputs=sampled, pending=None)
+
+
 def seat(
   seated: Sequence[answer.Live],
   programs: programs_lib.Programs,
@@ -186,13 +233,20 @@ def sampled(
   """Sends the sampling of a step, once the tokens before it are known."""
   pending = flight.pending
   assert pending is not None
-  if isinstance(pending, programs_lib.Drafted):
+  if isinstance(pending, pending_lib.Beside):
+    rows_XW, _ = pending.spans_2XW
+    bits_XWW = programs.all_allowed(*rows_XW.shape)
+    _allow_drafts(flight, rows_XW, lives, bits_XWW, metrics)
+    state, outputs = programs.accept_beside(state, pending, bits_XWW)
+    return state, flight._replace(outputs=outputs, pending=None)
+  if isinstance(pending, pending_lib.Drafted):
     shape = pending.shape
     bits_XRW = programs.all_allowed(shape.num_spans, shape.width)
     # A copy: the device may still read the other one.
     pending = pending._replace(flat_I=pending.flat_I.copy())
-    inputs = programs.inputs_of(pending)
-    _allow_drafts(flight, inputs, lives, bits_XRW, metrics)
+    positions_T = programs.inputs_of(pending).positions_T
+    positions_XR = positions_T.reshape(bits_XRW.shape[:2])
+    _allow_drafts(flight, positions_XR, lives, bits_XRW, metrics)
     state, outputs = programs.accept(state, pending, bits_XRW)
     return state, flight._replace(outputs=outputs, pending=None)
   bits_RW = programs.all_allowed(pending.size)
@@ -226,7 +280,7 @@ def _allow(
 
 def _allow_drafts(
   flight: Flight,
-  inputs: steps.Inputs,
+  positions_XR: np.ndarray,
   lives: Lives,
   bits_XRW: np.ndarray,
   metrics: metrics_lib.Metrics,
@@ -235,12 +289,23 @@ def _allow_drafts(
 
   The tokens of a draft count as sampled, which they are where it is right. A
   span ends for now where no masks are known: its next positions become -1.
+
+  Args:
+    flight: that verifies drafts.
+    positions_XR: positions or rows of each span, -1 behind its end; changed.
+    lives: of all sequences of the step.
+    bits_XRW: changed.
+    metrics: of the engine.
   """
-  positions_XR = inputs.positions_T.reshape(bits_XRW.shape[:2])
   tasks = []
-  for place, span in enumerate(flight.step.decodes):
+  placed = inputs_lib.placed_spans(flight.step, flight.shape.num_decodes)
+  for place, span in placed:
     live = lives.get(span.sequence)
-    if live is None or live.matcher is None:
+    if not span.samples or live is None or live.matcher is None:
+      continue
+    if place >= flight.shape.num_decodes:  # a chunk: it has one token
+      bits_W = bits_XRW[place, 0]
+      tasks.append(functools.partial(_fill, live.matcher, bits_W, metrics))
       continue
     bits_RW, positions_R = bits_XRW[place], positions_XR[place]
     tasks.append(
@@ -289,5 +354,6 @@ def _fill(
   matcher.fill(bits_W)
   metrics.mask_seconds.observe(time.perf_counter() - start)
   metrics.constrained_rows.inc()
-  if int(np.bitwise_count(bits_W).sum()) == 1:
+  # Most masks have several words: those cost no count of bits.
+  if np.count_nonzero(bits_W) == 1 and int(bits_W.max()).bit_count() == 1:
     metrics.forced_tokens.inc()

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from inference.engine import steps
+from inference.engine.compiled import keys as keys_lib
 from inference.requests import answer
 from inference.scheduling import page_tables, spans
 
@@ -91,6 +92,8 @@ def fill(
 ) -> None:
   """Writes a step into empty inputs of a shape that holds it.
 
+  Each token of a draft beside chunks has a row of its own, as a decode has.
+
   Args:
     inputs: of `empty`; changed.
     step: the planned step.
@@ -99,13 +102,22 @@ def fill(
   """
   num_decodes = inputs.decode_table_DL.shape[0]
   adapters_E = getattr(inputs, 'adapters_E', None)  # of `AdaptedInputs` only
-  for index, decode in enumerate(step.decodes):
-    inputs.tokens_T[index] = -1 if decode.tokens is None else decode.tokens[0]
-    inputs.positions_T[index] = decode.start
-    inputs.lengths_D[index] = decode.length
-    inputs.decode_table_DL[index, : len(decode.pages)] = decode.pages
-    inputs.rows_R[index] = index
-    inputs.slots_R[index] = decode.slot
+  num_rows = 0
+  for decode in step.decodes:
+    live = answers[decode.sequence]
+    token = live.forced_token(decode.start + 1)
+    if token is not None:
+      inputs.forced_R[num_rows] = token
+    for position, token in enumerate(decode.tokens or (-1,), decode.start):
+      inputs.tokens_T[num_rows] = token
+      inputs.positions_T[num_rows] = position
+      inputs.lengths_D[num_rows] = decode.length
+      inputs.decode_table_DL[num_rows, : len(decode.pages)] = decode.pages
+      inputs.rows_R[num_rows] = num_rows
+      inputs.slots_R[num_rows] = decode.slot
+      if adapters_E is not None:
+        adapters_E[num_rows] = live.adapter.slot
+      num_rows += 1
   for index, chunk in enumerate(step.chunks):
     at = num_decodes + index * chunk_tokens
     part = slice(at, at + chunk.length)
@@ -116,21 +128,45 @@ def fill(
     inputs.chunk_table_XL[index, : len(chunk.pages)] = chunk.pages
     place = num_decodes + index
     inputs.rows_R[place] = at + chunk.length - 1
+    live = answers[chunk.sequence]
     if chunk.samples:
       inputs.slots_R[place] = chunk.slot
-    if scored := answers[chunk.sequence].scored_prompt():
+      token = live.forced_token(chunk.start + chunk.length)
+      if token is not None:
+        inputs.forced_R[place] = token
+    if scored := live.scored_prompt():
       prompt, inputs.prompt_logprobs_X[index] = scored
       targets = prompt[chunk.start + 1 : chunk.start + chunk.length + 1]
       at = index * chunk_tokens
       inputs.targets_M[at : at + len(targets)] = targets
-  for place, span in placed_spans(step, num_decodes):
     if adapters_E is not None:
-      adapters_E[place] = answers[span.sequence].adapter.slot
-    if span.samples:
-      num_given = len(span.tokens) if span.tokens else 1
-      token = answers[span.sequence].forced_token(span.start + num_given)
-      if token is not None:
-        inputs.forced_R[place] = token
+      adapters_E[place] = live.adapter.slot
+
+
+def drafted_rows(
+  step: spans.Step, key: keys_lib.Beside, num_decodes: int
+) -> np.ndarray:
+  """Returns the rows and tokens of a step with drafts beside chunks.
+
+  Args:
+    step: as `fill` has written it.
+    key: of the program that samples.
+    num_decodes: D of the shape of the step.
+
+  Returns:
+    `spans_2XW` of `verification.accept_beside`: decodes, then chunks.
+  """
+  sizes = key.num_decodes + key.num_chunks, key.width
+  spans_2XW = np.full((2, *sizes), -1, np.int32)
+  row = 0
+  for place, decode in enumerate(step.decodes):
+    spans_2XW[0, place, : decode.length] = np.arange(row, row + decode.length)
+    assert decode.tokens is not None
+    spans_2XW[1, place, : decode.length] = decode.tokens
+    row += decode.length
+  for index in range(len(step.chunks)):
+    spans_2XW[0, key.num_decodes + index, 0] = num_decodes + index
+  return spans_2XW
 
 
 def fill_verified(
@@ -171,6 +207,6 @@ def placed_spans(
 
   Args:
     step: the planned step.
-    num_decodes: D of the shape that it was computed in.
+    num_decodes: the outputs that are of decodes.
   """
   return [*enumerate(step.decodes), *enumerate(step.chunks, num_decodes)]

@@ -66,7 +66,7 @@ class Answers:
       outputs: of the dispatch, on the host.
     """
     self.charge_memory(now)
-    num_decodes, num_chunks = flight.shape
+    num_decodes, _ = flight.shape
     updates, num_decoded, num_prefilled = [], 0, 0
     for place, span in inputs_lib.placed_spans(flight.step, num_decodes):
       row = outputs.tokens_SR[:, place].tolist()
@@ -96,7 +96,7 @@ class Answers:
       if place < num_decodes:
         self._accounts.charge_decodes(live, span, num_taken)
         num_decoded += num_taken
-      if flight.step.is_verified:
+      if flight.step.is_verified and place < num_decodes:
         self._speculator.landed(span, tokens[:num_taken], live)
     num_steps = steps.num_computed(outputs)
     if flight.step.is_verified:
@@ -107,7 +107,7 @@ class Answers:
       num_steps=num_steps,
       num_decoded=num_decoded,
       num_prefilled=num_prefilled,
-      rows=num_decodes * flight.width + num_chunks * self._config.chunk_tokens,
+      rows=flight.num_rows(self._config.chunk_tokens),
       sent_at=flight.sent_at,
       now=now,
     )

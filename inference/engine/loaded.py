@@ -82,10 +82,13 @@ def load(
     )
     state = allocating.result()
     making.compile_now(
-      draft, state, placement.shapes(backend, params), compile_all
+      draft, state, placement.shapes(backend, params), compiled, compile_all
     )
     seconds = time.perf_counter() - start
-    return Loaded(state, compiled, reading.result(), seconds)
+    made = Loaded(state, compiled, reading.result(), seconds)
+    if draft:
+      draft.use(made.params)
+    return made
 
 
 def _shapes(

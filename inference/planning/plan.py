@@ -14,7 +14,8 @@ the compiler's memory beside the formula's.
 Devices that share a model (`--engine.tensor`) each compute a model of their own
 parts, so the formulas of a device are those of that smaller model; a step also
 sends the sums that `parallel.tensor.ports` lists. The devices of a target that
-are left over hold replicas.
+are left over hold replicas. A model or a head that drafts takes memory; speeds
+are those without drafts.
 """
 
 import bisect
@@ -22,6 +23,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,7 @@ from jax.sharding import AbstractMesh
 from checks import expect
 from frozen import stored_kernels
 from hardware import compile_ahead, peaks as peaks_lib, targets
+from inference import drafts
 from inference.engine import adapter_table, engine_config
 from inference.engine.spread import (
   adapters as adapters_lib,
@@ -67,6 +70,7 @@ class Plan:
   slices: tuple[tuple[str, int], ...] = ()  # (name, number of devices)
   num_adapters: int = 0  # places for adapters beside the weights
   adapter_rank: int = 0
+  drafting: drafts.Memory = drafts.Memory()  # beside the model
   # Of kernels in fewer bits: the bytes that they save in memory, in the reads
   # of a step, and in those of a step that reads all experts.
   saved_bytes: int = 0
@@ -161,8 +165,9 @@ class Plan:
 
   @property
   def held_bytes(self) -> int:
-    """Bytes of weights and adapters that a device has."""
-    return self.weight_bytes + self.adapter_bytes
+    """Bytes of weights, adapters and what drafts that a device has."""
+    drafting = self.drafting.num_bytes(self.part.vocab_size)
+    return self.weight_bytes + self.adapter_bytes + drafting
 
   @property
   def num_replicas(self) -> int:
@@ -185,7 +190,8 @@ class Plan:
     """
     # Float32 logits, and a copy of them: the weights of the sampler's search.
     logits = 2 * 4 * num_sequences * self.part.vocab_size
-    cache = num_sequences * length * self.kv_bytes_per_token
+    per_token = self.kv_bytes_per_token + self.drafting.bytes_per_token
+    cache = num_sequences * length * per_token
     return self.held_bytes + cache + logits
 
   def num_sequences(self, length: int) -> int:
@@ -364,6 +370,7 @@ def make(
   is_compiled: bool = True,
   max_adapters: int = 0,
   max_adapter_rank: int | None = None,
+  **drafting: Any,
 ) -> Plan:
   """Returns the plan for a model.
 
@@ -376,10 +383,12 @@ def make(
     is_compiled: whether the decode step is compiled for the target.
     max_adapters: places for adapters.
     max_adapter_rank: of each; None: as in an engine.
+    **drafting: `speculation`, `draft_model` and `draft_head` of an engine.
 
   Raises:
+    FileNotFoundError: there is no such model or head that drafts.
     ValueError: the target does not exist, or the engine refuses the model over
-      so many devices.
+      so many devices, or the drafts.
   """
   is_here = target_name == targets.HERE
   target = None if is_here else targets.parse(target_name)
@@ -404,6 +413,7 @@ def make(
     slices=targets.slices(target) if target else (),
     num_adapters=max_adapters,
     adapter_rank=room.max_adapter_rank or 0,
+    drafting=subject.drafting(engine_config.EngineConfig(**drafting)),
     saved_bytes=saved.memory,
     saved_bytes_of_step=saved.step,
     saved_bytes_of_experts=saved.experts,

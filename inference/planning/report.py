@@ -1,9 +1,11 @@
 """The text of a plan of serving, one figure per line."""
 
 from collections.abc import Iterator
+import dataclasses
 
 from frozen import stored_kernels
 from hardware import compile_ahead
+from inference import drafts
 from inference.planning import plan as plan_lib
 
 _Lines = Iterator[tuple[str, str]]
@@ -84,6 +86,15 @@ def _device_lines(plan: plan_lib.Plan) -> _Lines:
       'adapters',
       f'{compile_ahead.size(plan.adapter_bytes)} for {plan.num_adapters} of'
       f' rank {plan.adapter_rank}{shared}',
+    )
+  if kind := plan.drafting.kind:
+    drafting = plan.drafting.num_bytes(plan.part.vocab_size)
+    each = ', on each device' if plan.tensor > 1 else ''
+    yield (
+      'drafts',
+      f'{compile_ahead.size(drafting)} of a draft {kind}, and'
+      f' {compile_ahead.size(plan.drafting.bytes_per_token)} per token{each};'
+      ' speeds are those without drafts',
     )
   yield (
     'cache',
@@ -167,7 +178,9 @@ def _compiled_lines(plan: plan_lib.Plan) -> _Lines:
   if compiled is None:
     return
   count, length = plan.compiled_sequences, plan.config.max_length
-  formula = plan.bytes_of(count, length)
+  # A decode step has no arrays of drafts.
+  alone = dataclasses.replace(plan, drafting=drafts.Memory())
+  formula = alone.bytes_of(count, length)
   told = f'{count} sequences of {length}: '
   if isinstance(compiled, compile_ahead.OutOfMemory):
     needed = compile_ahead.size(compiled.needed) if compiled.needed else 'more'

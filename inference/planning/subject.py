@@ -5,12 +5,17 @@ import dataclasses
 import pathlib
 from typing import Any, Protocol
 
+import jax.numpy as jnp
+
+from checks import paths
 from frozen import (
   format as frozen_format,
   manifest as manifest_lib,
   stored_kernels,
 )
 from frozen.huggingface import config_json
+from inference import drafts
+from inference.engine import engine_config, execution
 from models import flops, model_config
 
 
@@ -30,6 +35,19 @@ class Subject:
     """Returns the shapes of the weights, as they are stored."""
     floats = frozen_format.abstract_params(self.config, self.dtype)
     return stored_kernels.with_kernels(floats, self.quantization)
+
+  def drafting(self, config: engine_config.EngineConfig) -> drafts.Memory:
+    """Returns the memory of what drafts for the model with a config.
+
+    Raises:
+      FileNotFoundError, ValueError: see `drafts.memory`.
+    """
+    if config.speculation not in ('model', 'head'):
+      return drafts.Memory()
+    # The formulas of a plan know no kernel of a platform: a CPU has none.
+    dtype, platform = jnp.dtype(self.dtype), 'cpu'
+    backend = execution.choose(config, self.config, dtype, platform)
+    return drafts.memory(config, self.config, dtype, backend, platform)
 
 
 class Experiment(Protocol):
@@ -67,6 +85,7 @@ def of(
     raise ValueError(
       '--plan: got both or none of --model and --config, expected one of them'
     )
+  config = paths.expanded('--config', config)
   if config.endswith('.json'):
     return of_config_json(config)
   found = load_experiment(config)

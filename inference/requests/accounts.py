@@ -34,7 +34,9 @@ class Accounts:
     self._metrics, self._page_bytes = metrics, page_bytes
     self._flops = flops.SpanFlops(model_config)
     self._last_charged = self._last_landed = time.perf_counter()
-    self._step_seconds = math.inf  # of one decode step, estimated
+    # Of one decode step, estimated, by the rows of its shape.
+    self._step_seconds: dict[int, float] = {}
+    self._num_decodes, self._most_steps = 0, 1  # of the latest dispatch
 
   def charge_memory(self, lives: Iterable[answer.Live], now: float) -> None:
     """Charges running sequences for their pages since the last charge."""
@@ -126,22 +128,39 @@ class Accounts:
     )
     if num_steps and not step.chunks and not step.is_verified:
       seconds = (now - max(sent_at, self._last_landed)) / num_steps
-      if seconds > self._step_seconds:
-        longer = seconds - self._step_seconds
-        seconds = self._step_seconds + _SLOWER_WEIGHT * longer
-      self._step_seconds = seconds
+      known = self._step_seconds.get(rows, math.inf)
+      if seconds > known:
+        seconds = known + _SLOWER_WEIGHT * (seconds - known)
+      self._step_seconds[rows] = seconds
     self._last_landed = now
 
-  def most_decode_steps(self, most: int, seconds: float) -> int:
+  def most_decode_steps(
+    self, most: int, seconds: float, num_decodes: int
+  ) -> int:
     """Returns how many decode steps fit into `seconds`, 1 to `most`.
+
+    A step of many sequences takes longer than one of few. The estimate is that
+    of the smallest shape with enough rows that has been timed; without one, a
+    single step is timed. Requests come in bursts, so the first dispatch after a
+    sequence has come has one step, and each next one up to twice as many: the
+    rest of a burst does not wait for it.
 
     Args:
       most: the most steps of one dispatch.
       seconds: duration of the dispatch; 0: no limit.
+      num_decodes: sequences that are decoded.
     """
     if not seconds:
       return most
-    return max(1, min(most, int(seconds / self._step_seconds)))
+    has_grown = num_decodes > self._num_decodes
+    self._num_decodes = num_decodes
+    large = [rows for rows in self._step_seconds if rows >= num_decodes]
+    if has_grown or not large:
+      self._most_steps = 1
+    else:
+      fit = int(seconds / self._step_seconds[min(large)])
+      self._most_steps = max(1, min(most, fit, 2 * self._most_steps))
+    return self._most_steps
 
 
 def _num_logits(live: answer.Live, chunk: spans.Span) -> int:

@@ -46,8 +46,26 @@ def decode_steps(
   return most
 
 
+def may_draft(
+  plan: scheduler.StepPlan, running: Collection[page_tables.Sequence]
+) -> bool:
+  """Returns whether a plan may verify drafts.
+
+  A plan that preempts may not: pages are short. Nor may one that decodes a part
+  of the sequences without prompt tokens: the others wait for pages.
+
+  Args:
+    plan: the latest plan.
+    running: all sequences that have a slot.
+  """
+  has_chunks = bool(plan.prefills and plan.decodes and not plan.preempted)
+  return has_chunks or is_steady(plan, running)
+
+
 def drafts(
-  wanted: Mapping[page_tables.Sequence, int], tables: page_tables.PageTables
+  wanted: Mapping[page_tables.Sequence, int],
+  prefills: Mapping[page_tables.Sequence, int],
+  tables: page_tables.PageTables,
 ) -> dict[page_tables.Sequence, int]:
   """Returns how many drafted tokens may follow the next token of each sequence.
 
@@ -56,6 +74,8 @@ def drafts(
 
   Args:
     wanted: tokens of the draft of each decode of a plan, 0 or more.
+    prefills: tokens of prompts that the plan computes beside them. Their pages
+      come first.
     tables: the pages.
   """
   if any(each.num_in_flight for each in wanted):
@@ -65,7 +85,7 @@ def drafts(
     for each, length in wanted.items()
   }
   while any(found.values()) and not _has_pages(
-    {each: length + 1 for each, length in found.items()}, tables
+    {**{each: length + 1 for each, length in found.items()}, **prefills}, tables
   ):
     found = {each: length // 2 for each, length in found.items()}
   return found
@@ -85,7 +105,18 @@ def work(
 def _has_pages(
   lengths: Mapping[page_tables.Sequence, int], tables: page_tables.PageTables
 ) -> bool:
+  """Returns whether pages for so many tokens of each sequence are left."""
+
+  def num_pages(sequence: page_tables.Sequence, length: int) -> int:
+    if sequence.is_running:
+      return tables.num_missing(sequence, length)
+    # It enters with this plan: idle pages of its prefix hit are no more idle.
+    task = tables.task(sequence)
+    num = tables.num_pages(task.num_computed + length) + task.num_copies
+    num -= task.num_pages + task.num_hit_pages
+    return num + task.num_idle_hit_pages
+
   allocator = tables.allocator
   return allocator.num_free + allocator.num_idle >= sum(
-    tables.num_missing(each, length) for each, length in lengths.items()
+    num_pages(each, length) for each, length in lengths.items()
   )

@@ -202,18 +202,19 @@ class SequenceManager:
   ) -> dict[Hashable, int]:
     """Returns how many drafted tokens of each decode may be verified at once.
 
-    None if the plan does more than decode, or if a token is in flight: a draft
-    continues known tokens.
+    None if the plan preempts, or if a token is in flight: a draft continues
+    known tokens.
 
     Args:
       plan: the latest plan.
       wanted: tokens of the draft of each sequence, by its id.
     """
-    sequences = [self._sequences[id] for id in plan.decodes]
-    if not lengths.is_steady(plan, self._running.values()):
+    if not lengths.may_draft(plan, self._running.values()):
       return {}
     found = lengths.drafts(
-      {each: wanted.get(each.id, 0) for each in sequences}, self.tables
+      {self._sequences[id]: wanted.get(id, 0) for id in plan.decodes},
+      {self._sequences[each.id]: each.length for each in plan.prefills},
+      self.tables,
     )
     return {each.id: length for each, length in found.items()}
 

@@ -142,6 +142,7 @@ class Options:
     None,
     'Frozen directory of a reward model, which scores the samples of'
     ' --strategy.',
+    is_path=True,
   )
   scorer: str | None = flag_field.field(
     None,
@@ -159,6 +160,7 @@ class Options:
     None,
     'File of python -m training.effort, of the model that answers: it chooses'
     ' with --strategy=auto, within --budget=flops:NUMBER.',
+    is_path=True,
   )
 
 

@@ -10,6 +10,13 @@ batch decides and not each sequence, since all share one program. Its price per
 number of tokens is here a price per compiled shape, in which padding costs as
 much as a token: so a chosen shape takes all tokens that fit.
 
+Beside prompt chunks the work that is due counts: prompts, and after them decode
+steps. A draft is worth its time there if its tokens cost less than decode steps
+would take for them later. While these were never measured, a token of a prompt
+counts as one of an answer does. A step of its own for drafts, between two with
+chunks, would cost the time that it costs after the prompts, and delay them:
+drafts take places of decodes in the step that the chunks need anyway.
+
 The choice changes the time of tokens, and never a token.
 """
 
@@ -38,11 +45,11 @@ _RETRY = 128
 class Seconds(Protocol):
   """The time of programs."""
 
-  def seconds(self, rows: int, width: int) -> float:
+  def seconds(self, rows: Hashable, width: int) -> float:
     """Returns the seconds of a step; 0: not known yet.
 
     Args:
-      rows: sequences that the program of the step holds.
+      rows: sequences that the program of the step holds; with chunks its shape.
       width: tokens of each sequence; 1: a decode step.
     """
     ...
@@ -52,9 +59,9 @@ class Measured:
   """The measured time of programs; a wider program takes at least as long."""
 
   def __init__(self):
-    self._found: dict[tuple[int, int], tuple[int, float]] = {}
+    self._found: dict[tuple[Hashable, int], tuple[int, float]] = {}
 
-  def observe(self, rows: int, width: int, seconds: float) -> None:
+  def observe(self, rows: Hashable, width: int, seconds: float) -> None:
     """Notes the duration of a step."""
     num, before = self._found.get((rows, width), (0, seconds))
     if seconds > before and num >= _SAMPLES:
@@ -63,7 +70,7 @@ class Measured:
       seconds = min(seconds, before)
     self._found[rows, width] = num + 1, seconds
 
-  def seconds(self, rows: int, width: int) -> float:
+  def seconds(self, rows: Hashable, width: int) -> float:
     """Returns the seconds of a step, see `Seconds`."""
     return max(
       (
@@ -94,6 +101,14 @@ class Chosen(NamedTuple):
   gain: float  # tokens per second, as a multiple of the rate of decode steps
 
 
+class _Way(NamedTuple):
+  """A program that may verify drafts, and the drafts that it would verify."""
+
+  rows: Hashable
+  width: int
+  lengths: dict[Hashable, int]  # of every decoding sequence
+
+
 class Choice:
   """Chooses the drafts of each step of an engine."""
 
@@ -109,15 +124,14 @@ class Choice:
 
   def expected(self, id: Hashable, length: int) -> float:
     """Returns the tokens that a draft of a sequence gives, on average."""
-    own = self._records.get(id, _Record())
-    rate = min(_rate(own, self.acceptance), _MOST_ACCEPTANCE)
+    rate = self._rate_of(id)
     return (1 - rate ** (length + 1)) / (1 - rate)
 
   def choose(
     self,
     drafts: Mapping[Hashable, int],
     shapes: Sequence[tuple[int, int]],
-    rows: int,
+    rows: Hashable,
   ) -> Chosen:
     """Returns how many tokens of each draft to verify.
 
@@ -126,25 +140,100 @@ class Choice:
       shapes: (X spans, R tokens) of the programs that may verify them.
       rows: sequences of the decode steps that would be sent instead.
     """
+    return self._best(
+      [
+        _Way(spans, width, {id: min(x, width - 1) for id, x in drafts.items()})
+        for spans, width in sorted(shapes, key=lambda shape: shape[1])
+      ],
+      rows,
+    )
+
+  def choose_beside(
+    self,
+    drafts: Mapping[Hashable, int],
+    shapes: Sequence[tuple[int, int]],
+    rows: Hashable,
+    *,
+    width: int,
+    num_prompt: int,
+    rows_alone: Hashable,
+  ) -> Chosen:
+    """Returns how many tokens of each draft to verify beside prompt chunks.
+
+    Args:
+      drafts: tokens of the draft of each decoding sequence, 0 or more.
+      shapes: (D decodes, X chunks) of the programs that may verify them, the
+        smallest first. Each token of a draft takes the place of a decode.
+      rows: the shape of the step that would be sent without drafts.
+      width: most tokens of one sequence, its draft and the one before.
+      num_prompt: tokens of prompts that the step computes.
+      rows_alone: sequences of the decode steps that follow the prompts.
+    """
+    later = self.costs.seconds(rows_alone, 1) / len(drafts)
+    if not later:
+      later = self.costs.seconds(rows, 1) / (len(drafts) + num_prompt)
+    return self._best(
+      [
+        _Way(shape, width, self._allotted(drafts, shape[0], width - 1))
+        for shape in shapes
+      ],
+      rows,
+      later,
+    )
+
+  def _best(
+    self, ways: Sequence[_Way], rows: Hashable, later: float = 0.0
+  ) -> Chosen:
+    """Returns the drafts of the way with the most tokens per second.
+
+    Args:
+      ways: to verify drafts, the cheapest first.
+      rows: of the step without drafts.
+      later: seconds that a further token would take after this step, if the
+        step has to be sent anyway; 0: it has not, or they are unknown.
+    """
     plain = self.costs.seconds(rows, 1)
+    ways = [way for way in ways if any(way.lengths.values())]
     best = Chosen({}, 1.0)
-    for spans, width in sorted(shapes, key=lambda shape: shape[1]):
-      lengths = {id: min(num, width - 1) for id, num in drafts.items()}
-      if not any(lengths.values()):
-        continue
-      gain = sum(self.expected(*each) for each in lengths.items()) / len(drafts)
+    for way in ways:
+      made = sum(self.expected(*each) for each in way.lengths.items())
+      gain = made / len(way.lengths)
+      if plain and later:
+        gain = (plain + (made - len(way.lengths)) * later) / plain
       if plain:
-        gain *= plain / max(self.costs.seconds(spans, width), plain)
+        gain *= plain / max(self.costs.seconds(way.rows, way.width), plain)
       if gain > best.gain:
-        best = Chosen(lengths, gain)
-    if not best.lengths and any(drafts.values()) and shapes:
+        best = Chosen(way.lengths, gain)
+    if not best.lengths and ways:
       self._num_declined += 1
       if self._num_declined > _RETRY:
-        width = min(width for _, width in shapes)
-        best = Chosen(
-          {id: min(num, width - 1) for id, num in drafts.items()}, 1.0
-        )
+        best = Chosen(ways[0].lengths, 1.0)
     return best
+
+  def _allotted(
+    self, drafts: Mapping[Hashable, int], num_rows: int, most: int
+  ) -> dict[Hashable, int]:
+    """Returns the tokens of drafts that are likeliest, as many as have places.
+
+    Args:
+      drafts: tokens of the draft of each decoding sequence.
+      num_rows: places, one of each sequence included.
+      most: tokens of one draft.
+    """
+    likely = sorted(
+      (-(self._rate_of(id) ** place), order, id)
+      for order, (id, num) in enumerate(drafts.items())
+      for place in range(1, min(num, most) + 1)
+    )
+    chosen = dict.fromkeys(drafts, 0)
+    for _, _, id in likely[: max(num_rows - len(drafts), 0)]:
+      chosen[id] += 1
+    return chosen
+
+  def _rate_of(self, id: Hashable) -> float:
+    """Returns the acceptance that is expected of a sequence."""
+    own = self._records.get(id, _Record())
+    return min(_rate(own, self.acceptance), _MOST_ACCEPTANCE)
 
   def observe(self, id: Hashable, *, accepted: int, length: int) -> None:
     """Notes how many tokens of a draft were accepted."""

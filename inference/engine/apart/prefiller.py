@@ -17,8 +17,6 @@ import queue
 import threading
 from typing import Any, Protocol
 
-import jax
-
 from inference.engine import adapter_table, device_state
 from inference.engine.apart import pages as pages_lib
 from inference.requests import requests as requests_lib
@@ -59,7 +57,7 @@ class Computed:
 
   key: Hashable
   num_pages: int  # from the first token on
-  contents: list[Any]  # see `pages.Port.read`
+  contents: Any  # of `pages.Port.sent`; (): there are no pages
   usage: requests_lib.Usage  # of the engine that computed them
 
 
@@ -153,7 +151,7 @@ class Prefiller:
       _LOG.warning('a prompt was not computed apart: %s', error)
       nothing = requests_lib.Usage()
       self._on_result(
-        Computed(key=key, num_pages=0, contents=[], usage=nothing)
+        Computed(key=key, num_pages=0, contents=(), usage=nothing)
       )
       return
     self._asked[request_id] = key, request
@@ -163,11 +161,11 @@ class Prefiller:
     key, request = self._asked.pop(update.request_id)
     assert update.completion is not None
     pages = self.engine.cached_pages(request)
-    contents = self._read.read(self.engine.kv_cache, pages)
+    contents = self._read.sent(self.engine.kv_cache, pages, self._shardings)
     return Computed(
       key=key,
       num_pages=len(pages),
-      contents=[jax.device_put(each, self._shardings) for each in contents],
+      contents=contents,
       usage=update.completion.usage,
     )
 

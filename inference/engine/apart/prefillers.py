@@ -14,6 +14,7 @@ from inference.engine import (
   metrics as metrics_lib,
 )
 from inference.engine.apart import pages as pages_lib, prefiller
+from inference.engine.processes import leader as leader_lib, ported
 from inference.requests import answer as answer_lib, requests as requests_lib
 from inference.scheduling import page_tables, sequence_manager
 from models.layers import adapters as adapters_lib
@@ -22,9 +23,15 @@ from models.layers import adapters as adapters_lib
 _MOST_PROMPTS = 8
 _WAIT_SECONDS = 0.05  # for pages; a cancelled request is noticed after it
 
-# (config, params, devices) -> an engine without drafts.
+# (config, params, devices, leader) -> an engine without drafts.
 Make = Callable[
-  [engine_config.EngineConfig, device_state.Unread, Sequence[jax.Device]], Any
+  [
+    engine_config.EngineConfig,
+    device_state.Unread,
+    Sequence[jax.Device],
+    leader_lib.Leader | None,
+  ],
+  Any,
 ]
 
 
@@ -33,7 +40,7 @@ class Prefillers:
 
   def __init__(
     self,
-    engines: Sequence[Any],
+    engines: Sequence[tuple[Any, pages_lib.Port]],
     port: pages_lib.Port,
     *,
     config: engine_config.EngineConfig,
@@ -42,7 +49,7 @@ class Prefillers:
     """Starts a thread for each engine.
 
     Args:
-      engines: that compute prompts.
+      engines: that compute prompts, each with the port of its pages.
       port: writes pages of the engine that answers.
       config: of that engine.
       page_tokens: Q, tokens of a page.
@@ -51,10 +58,8 @@ class Prefillers:
     self._results: queue.Queue[Any] = queue.Queue()
     self._asked: dict[Hashable, tuple[int, int]] = {}  # which one, its tokens
     self._prefillers = tuple(
-      prefiller.Prefiller(
-        engine, _reader(engine), port.shardings, self._results.put
-      )
-      for engine in engines
+      prefiller.Prefiller(engine, own, port.shardings, self._results.put)
+      for engine, own in engines
     )
     # Threads know the queue alone, and end with the engine that answers.
     self._close = weakref.finalize(self, _close, self._prefillers)
@@ -154,7 +159,8 @@ class Prefillers:
       if isinstance(found, BaseException):
         raise prefiller.Failed('a prefill engine has ended') from found
       if self._asked.pop(found.key, None) is None:
-        continue  # it was cancelled
+        self._port.drop(found.contents)  # it was cancelled
+        continue
       num_tokens = found.num_pages * self._page_tokens
       sequence, pages = manager.adopt(
         found.key, num_tokens, num_computed=num_tokens - _cached(found)
@@ -186,13 +192,6 @@ def _cached(found: prefiller.Computed) -> int:
   return found.usage.cached_tokens if found.num_pages else 0
 
 
-def _reader(engine: prefiller.Engine) -> pages_lib.Port:
-  """Returns the port of an engine; no prompt waits for its compilation."""
-  port = pages_lib.Port(engine.kv_cache)
-  port.read(engine.kv_cache, [0])
-  return port
-
-
 def _close(prefillers: Sequence[prefiller.Prefiller]) -> None:
   for each in prefillers:
     each.close()
@@ -206,6 +205,7 @@ def start(
   *,
   page_tokens: int,
   make: Make,
+  leader: leader_lib.Leader | None = None,
 ) -> tuple[device_state.State, Prefillers | None]:
   """Returns the engines that a config asks for. Donates `state`.
 
@@ -216,6 +216,7 @@ def start(
     devices: of all; None: those of this process.
     page_tokens: Q, tokens of a page.
     make: returns an engine.
+    leader: of the engine that answers, if other processes share it.
 
   Raises:
     ValueError: there are too few devices.
@@ -240,12 +241,17 @@ def start(
     # The engine that answers refuses requests.
     max_waiting=8 * (config.max_waiting + config.max_sequences),
   )
-  engines = []
-  for first in range(config.tensor, wanted, config.tensor):
-    some = tuple(devices[first : first + config.tensor])
-    engines.append(make(own, _on(params, some[0], config.tensor), some))
-  port = pages_lib.Port(state.kv_cache)
+  port = ported.port(state.kv_cache, leader)
   state = state._replace(kv_cache=port.compile(state.kv_cache))
+  engines = []
+  for number in range(1, 1 + config.prefill_engines):
+    first = number * config.tensor
+    some = tuple(devices[first : first + config.tensor])
+    beside = leader.beside(number, some) if leader else None
+    engine = make(own, _on(params, some[0], config.tensor), some, beside)
+    reader = ported.port(engine.kv_cache, beside)
+    reader.warm(engine.kv_cache, port.shardings)
+    engines.append((engine, reader))
   return state, Prefillers(
     engines, port, config=config, page_tokens=page_tokens
   )

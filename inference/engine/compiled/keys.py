@@ -37,3 +37,17 @@ class Accepted:
 
   shape: Verified
   is_masked: bool = False  # whether some tokens are within grammars
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+  """Names the program that samples after drafts beside prompt chunks.
+
+  The logits are those of a step with chunks, which has a program already.
+  """
+
+  size: int  # R, the rows of logits
+  num_decodes: int  # the most sequences that decode, with drafts or without
+  num_chunks: int  # the most chunks
+  width: int  # W, the most tokens that are sampled for a sequence
+  is_masked: bool = False  # whether some tokens are within grammars

@@ -38,6 +38,22 @@ class Layouts:
       self.has_adapters,
     )
 
+  def beside(
+    self, shape: steps.Shape, num_chunks: int, width: int
+  ) -> keys_lib.Beside:
+    """Returns the key of what samples after drafts in a step with chunks.
+
+    Args:
+      shape: of the step.
+      num_chunks: the most chunks beside decodes, of any shape.
+      width: the most tokens that are sampled for a sequence.
+    """
+    # Half of the places for decodes, the others for their drafts: with fewer
+    # places left, drafts are short.
+    return keys_lib.Beside(
+      self.num_sampled(shape), shape.num_decodes // 2, num_chunks, width
+    )
+
   def verified(self, shape: keys_lib.Verified) -> inputs_lib.Layout:
     """Returns the layout of a step that verifies drafts."""
     # Spans lie as chunks of a step without decodes.

@@ -35,6 +35,16 @@ class Placement(Protocol):
   """The devices that programs are traced for, see `inference.engine.spread`."""
 
   @property
+  def device(self) -> jax.Device:
+    """The first device."""
+    ...
+
+  @property
+  def is_spread(self) -> bool:
+    """Whether programs run over a mesh."""
+    ...
+
+  @property
   def vocab_size(self) -> int:
     """The number of ids that a device has logits of."""
     ...
@@ -63,6 +73,8 @@ class Lowering:
 
   def lowered(self, key: Any) -> Any:
     """Traces the program of a key."""
+    if isinstance(key, keys_lib.Beside):
+      return self._beside(key)
     if isinstance(key, keys_lib.Verified | keys_lib.Accepted):
       return self._verified(key)
     if isinstance(key, steps.Shape):
@@ -138,6 +150,21 @@ class Lowering:
       zeros_R,
       zeros_R,
       zeros_R,
+      *allowed,
+    )
+
+  def _beside(self, key: keys_lib.Beside) -> Any:
+    zeros_R = np.zeros((key.size,), np.int32)
+    sizes = key.num_decodes + key.num_chunks, key.width
+    allowed = (all_allowed(sizes, self.vocab_size),) if key.is_masked else ()
+    return self.placement.lower(
+      verification.accept_beside,
+      self.state.slots,
+      self.placement.logits(key.size),
+      zeros_R,
+      zeros_R,
+      zeros_R,
+      np.zeros((2, *sizes), np.int32),
       *allowed,
     )
 

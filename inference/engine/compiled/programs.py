@@ -13,9 +13,9 @@ sampler take longer to compile than a layer of the model.
 
 from collections.abc import Sequence
 from concurrent import futures
-from typing import Any, NamedTuple, Protocol
+import dataclasses
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,6 +34,7 @@ from inference.engine.compiled import (
   layered,
   layouts,
   lowering,
+  pending as pending_lib,
   program_store,
   shapes as shapes_lib,
 )
@@ -41,38 +42,6 @@ from inference.sampling import sampler as sampler_lib
 from models import transformer
 from models.layers import adapters as adapters_lib
 from models.linear.native import few_rows
-
-
-class Pending(NamedTuple):
-  """The results of a step whose tokens are not sampled yet."""
-
-  logits_RV: jax.Array
-  prompt: Any
-  hidden_MD: Any
-  where: Any  # slots, positions and forced tokens of the tokens to sample
-  size: int  # R
-
-
-class Drafted(NamedTuple):
-  """The results of a step that verifies drafts, before it samples."""
-
-  shape: keys_lib.Verified
-  logits_XRV: jax.Array
-  flat_I: np.ndarray  # the inputs of the step
-
-
-class Placement(lowering.Placement, Protocol):
-  """The devices that programs run on, see `inference.engine.spread`."""
-
-  @property
-  def device(self) -> jax.Device:
-    """The first device."""
-    ...
-
-  @property
-  def is_spread(self) -> bool:
-    """Whether programs run over a mesh."""
-    ...
 
 
 class Programs:
@@ -87,7 +56,7 @@ class Programs:
     config: engine_config.EngineConfig,
     context: int,
     vocab_size: int,
-    placement: Placement,
+    placement: lowering.Placement,
     compile_all: bool = True,
   ):
     """Compiles the programs that steps need.
@@ -108,17 +77,21 @@ class Programs:
     self.shapes = sorted(shapes, key=lambda shape: (sum(shape), shape))
     self._context = context
     self.has_grammars = config.constraints
+    self.verified = [
+      keys_lib.Verified(*shape) for shape in config.verified_shapes()
+    ]
+    beside = shapes_lib.beside_chunks(self.shapes) if self.verified else []
     self._padding_slot = state.slots.last_B.shape[0] - 1
     self._vocab_size = vocab_size
     # Shapes alone: steps donate the arrays of the state.
-    self._params, self._state = jax.tree.map(_abstract, (params, state))
+    self._params, self._state = device_state.abstract((params, state))
     self._has_adapters = adapters_lib.COLLECTION in self._params
+    cheap = few_rows.most_logits(model.execution.unembed)
+    sizes = shapes_lib.sample_sizes(max(map(sum, shapes)), cheap)
     self._layouts = layouts.Layouts(
       chunk_tokens=config.chunk_tokens,
       table_width=config.table_width(context),
-      sample_sizes=shapes_lib.sample_sizes(
-        max(map(sum, shapes)), few_rows.most_logits(model.execution.unembed)
-      ),
+      sample_sizes=[*sizes, *map(sum, beside[-1:])],
       has_adapters=self._has_adapters,
       is_layered=not placement.is_spread
       and layered.suits(self._params, placement.device.platform),
@@ -138,27 +111,21 @@ class Programs:
       decode_steps=self.decode_steps,
     )
     self._compiled: dict[Any, Any] = {}
-    self.verified = [
-      keys_lib.Verified(*shape) for shape in config.verified_shapes()
-    ]
+    width = max((each.width for each in self.verified), default=0)
+    chunks = config.max_mixed_chunks
+    self.keys_beside = {  # what samples in each shape
+      each: self._layouts.beside(each, chunks, width) for each in sorted(beside)
+    }
     first = self.shapes if compile_all else shapes_lib.holding_all(self.shapes)
     names = ['seat', 'recount', 'copy', *['adapt'] * self._has_adapters]
-    of_drafts = [
-      keys_lib.Accepted(each, is_masked=True) for each in self.verified
-    ]
-    # The first request within a grammar waits for no drafts on a server.
-    self.masks = late.Late(
-      self._compile,
-      placement.device,
-      self._of_masks(first) + (of_drafts if compile_all else []),
-      self._of_masks(self.shapes) + of_drafts,
-    )
+    masks = self._late_masks(first, compile_all)
+    self.masks = late.Late(self._compile, placement.device, *masks)
     self._compile([*names, *self._with_sizes(first)])
     if compile_all:
       self._compile(self._verifying())
 
   def _opened_store(
-    self, model: transformer.Transformer, placement: Placement
+    self, model: transformer.Transformer, placement: lowering.Placement
   ) -> program_store.Store:
     """Returns the store of programs; those of several devices are not kept."""
     layouts = self._layouts
@@ -175,6 +142,15 @@ class Programs:
       self._is_layered,
     )
 
+  def _late_masks(
+    self, first: list[steps.Shape], compile_all: bool
+  ) -> tuple[list[Any], list[Any]]:
+    """Returns the keys that a first grammar waits for, and those of all."""
+    # On a server it waits for no drafts.
+    drafts = self._masked_drafts()
+    now = self._of_masks(first) + (drafts if compile_all else [])
+    return now, self._of_masks(self.shapes) + drafts
+
   def compile_rest(self) -> None:
     """Compiles the shapes that are left; another thread may run steps."""
     self._compile(self._with_sizes(self.shapes))
@@ -182,8 +158,18 @@ class Programs:
 
   def _verifying(self) -> list[Any]:
     """Returns the keys of the programs that verify drafts."""
-    return [
+    keys = [
       key for each in self.verified for key in (keys_lib.Accepted(each), each)
+    ]
+    sampling = dict.fromkeys(self.keys_beside.values())
+    return [*keys, *sampling, *self.keys_beside]
+
+  def _masked_drafts(self) -> list[Any]:
+    """Returns the keys of what samples after drafts within grammars."""
+    unmasked = map(keys_lib.Accepted, self.verified)
+    return [
+      dataclasses.replace(each, is_masked=True)
+      for each in (*unmasked, *dict.fromkeys(self.keys_beside.values()))
     ]
 
   def _with_sizes(self, shapes: list[steps.Shape]) -> list[Any]:
@@ -248,6 +234,14 @@ class Programs:
       held, key=lambda shape: (shape.width, shape.num_spans), default=None
     )
 
+  def beside_shapes(
+    self, num_decodes: int, num_chunks: int
+  ) -> list[steps.Shape]:
+    """Returns the compiled shapes that verify drafts, see `shapes.beside`."""
+    return shapes_lib.beside(
+      self.keys_beside, self._compiled, num_decodes, num_chunks
+    )
+
   def empty_verified(
     self, shape: keys_lib.Verified
   ) -> tuple[np.ndarray, steps.Inputs]:
@@ -262,7 +256,7 @@ class Programs:
     params: device_state.Params,
     state: device_state.State,
     flat_I: np.ndarray,
-  ) -> tuple[device_state.State, Drafted]:
+  ) -> tuple[device_state.State, pending_lib.Drafted]:
     """Computes a step that verifies drafts, up to the logits.
 
     Donates the KV cache of `state`. Arguments are those of `step`.
@@ -274,12 +268,12 @@ class Programs:
       params, state.kv_cache, state.slots.last_B, inputs
     )
     state = state._replace(kv_cache=kv_cache)
-    return state, Drafted(shape, logits_XRV, flat_I)
+    return state, pending_lib.Drafted(shape, logits_XRV, flat_I)
 
   def accept(
     self,
     state: device_state.State,
-    pending: Drafted,
+    pending: pending_lib.Drafted,
     allowed_XRW: np.ndarray | None = None,
   ) -> tuple[device_state.State, steps.Outputs]:
     """Samples while drafts are right. Donates the slots of `state`.
@@ -298,19 +292,40 @@ class Programs:
     )
     return state._replace(slots=slots), outputs
 
-  def inputs_of(self, pending: Drafted) -> steps.Inputs:
+  def accept_beside(
+    self,
+    state: device_state.State,
+    pending: pending_lib.Beside,
+    allowed_XWW: np.ndarray | None = None,
+  ) -> tuple[device_state.State, steps.Outputs]:
+    """Samples a step that has drafts beside chunks, as `accept` does."""
+    key, step, spans_2XW = pending
+    allowed = ()
+    if allowed_XWW is not None:
+      key, allowed = dataclasses.replace(key, is_masked=True), (allowed_XWW,)
+    slots, outputs = self._compiled[key](
+      state.slots, step.logits_RV, *step.where, spans_2XW, *allowed
+    )
+    return state._replace(slots=slots), outputs._replace(
+      prompt=step.prompt, hidden_MD=step.hidden_MD
+    )
+
+  def inputs_of(self, pending: pending_lib.Drafted) -> steps.Inputs:
     """Returns views of the inputs of a step that verifies drafts."""
     return inputs_lib.split(
       pending.flat_I, self._layouts.verified(pending.shape)
     )
 
+  def draft(
+    self, compute: Any, key: Any, state: Any, array: np.ndarray
+  ) -> np.ndarray | None:
+    """Calls a program of a source of drafts, see `drafting.making.Source`."""
+    return compute(key, state, array)
+
   @property
   def can_mask_drafts(self) -> bool:
     """Whether drafts can be verified within grammars."""
-    return all(
-      keys_lib.Accepted(each, is_masked=True) in self._compiled
-      for each in self.verified
-    )
+    return set(self._masked_drafts()) <= self._compiled.keys()
 
   def all_allowed(self, *sizes: int) -> np.ndarray:
     """Returns the bits of a step without grammars, uint32 [..., V / 32]."""
@@ -379,7 +394,7 @@ class Programs:
     params: device_state.Params,
     state: device_state.State,
     flat_I: np.ndarray,
-  ) -> tuple[device_state.State, Pending]:
+  ) -> tuple[device_state.State, pending_lib.Pending]:
     """Computes a step up to the logits. Donates the KV cache of `state`.
 
     Arguments are those of `step`; the inputs are those of a split step.
@@ -405,13 +420,13 @@ class Programs:
         params, state.kv_cache, last_B, flat_I
       )
     size = self._layouts.num_sampled(shape, is_split=True)
-    pending = Pending(logits_RV, prompt, hidden_MD, where, size)
+    pending = pending_lib.Pending(logits_RV, prompt, hidden_MD, where, size)
     return state._replace(kv_cache=kv_cache), pending
 
   def sample(
     self,
     state: device_state.State,
-    pending: Pending,
+    pending: pending_lib.Pending,
     allowed_RW: np.ndarray | None = None,
   ) -> tuple[device_state.State, steps.Outputs]:
     """Samples the tokens of a step. Donates the slots of `state`.
@@ -480,8 +495,3 @@ class Programs:
       source_Z[: len(some)], target_Z[: len(some)] = zip(*some, strict=True)
       kv_cache = self._compiled['copy'](kv_cache, source_Z, target_Z)
     return state._replace(kv_cache=kv_cache)
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-  sharding = getattr(leaf, 'sharding', None)
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

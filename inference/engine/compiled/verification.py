@@ -26,6 +26,12 @@ pages when a branch is taken. A look-up has one guess that is seldom the second
 best; and in a batch, the tokens of further branches take the time of other
 sequences' tokens.
 
+**Beside prompts.** In a step with prompt chunks, each token of a draft takes
+the place of a decode: its row has the pages of its sequence and a position of
+its own, and all keys are written before any query reads them. So a step with
+drafts is a step with more decodes, of a shape that has a program already; only
+the sampling (`accept_beside`) has one of its own.
+
 **One step.** The next draft continues tokens that only the host can read. So
 the host sends one verified step and waits for it, where it sends many decode
 steps at once, ahead of the device.
@@ -34,8 +40,9 @@ Keys and values of wrong tokens stay in the pages. No query sees them: a token
 sees positions before its own, and these have been written anew by then.
 """
 
+from collections.abc import Callable
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,9 +132,86 @@ def accept(
   """
   inputs = inputs_lib.split(flat_I, layout)
   num_spans, width, _ = logits_XRV.shape
+  return _accepted(
+    slots,
+    _Spans(
+      tokens_XR=inputs.tokens_T.reshape(num_spans, width),
+      positions_XR=inputs.positions_T.reshape(num_spans, width),
+      slots_X=inputs.slots_R,
+      forced_X=inputs.forced_R,
+    ),
+    lambda index: logits_XRV[:, index],
+    allowed_XRW,
+  )
+
+
+@functools.partial(jax.jit, donate_argnames=('slots',))
+def accept_beside(
+  slots: device_state.Slots,
+  logits_RV: jax.Array,
+  slots_R: jax.Array,
+  positions_R: jax.Array,
+  forced_R: jax.Array,
+  spans_2XW: jax.Array,
+  allowed_XWW: jax.Array | None = None,
+) -> tuple[device_state.Slots, steps.Outputs]:
+  """Samples after a step that has drafts beside chunks. Donates `slots`.
+
+  In such a step each token of a draft has the place of a decode.
+
+  Args:
+    slots: of the engine.
+    logits_RV: of the step, as are the arguments of `steps.sample` behind them.
+    slots_R: slot that each token is sampled for.
+    positions_R: position of each new token.
+    forced_R: token to take instead of a sampled one; -1: none.
+    spans_2XW: the rows of the logits of each span, -1 behind its end; and the
+      tokens that it computes. A chunk is a span of one row, its last.
+    allowed_XWW: bits of the tokens that grammars allow after each token, if it
+      is right; None: all.
+
+  Returns:
+    As `accept`, with S = W and a column for each span.
+  """
+  rows_XW, tokens_XW = spans_2XW
+  slots_X, forced_X = slots_R[rows_XW[:, 0]], forced_R[rows_XW[:, 0]]
+  found = _Spans(
+    tokens_XR=tokens_XW,
+    positions_XR=jnp.where(rows_XW < 0, -1, positions_R[rows_XW] - 1),
+    slots_X=slots_X,
+    forced_X=forced_X,
+  )
+  return _accepted(
+    slots, found, lambda index: logits_RV[rows_XW[:, index]], allowed_XWW
+  )
+
+
+class _Spans(NamedTuple):
+  """The known tokens of X spans, after each of which one may be sampled."""
+
+  tokens_XR: jax.Array
+  positions_XR: jax.Array  # of each token; -1 behind the end
+  slots_X: jax.Array
+  forced_X: jax.Array  # token to take after the first one; -1: none
+
+
+def _accepted(
+  slots: device_state.Slots,
+  spans: _Spans,
+  logits_at: Callable[[jax.Array], jax.Array],
+  allowed_XRW: jax.Array | None,
+) -> tuple[device_state.Slots, steps.Outputs]:
+  """Returns slots and outputs of `accept`.
+
+  Args:
+    slots: of the engine.
+    spans: what was computed.
+    logits_at: returns the logits after token r of every span, [X, V].
+    allowed_XRW: see `accept`.
+  """
+  tokens_XR, positions_XR, slots_X, forced_X = spans
+  num_spans, width = tokens_XR.shape
   padding_slot = len(slots.last_B) - 1
-  tokens_XR = inputs.tokens_T.reshape(num_spans, width)
-  positions_XR = inputs.positions_T.reshape(num_spans, width)
 
   def is_left(carry) -> jax.Array:
     index, is_open_X, *_ = carry
@@ -138,10 +222,10 @@ def accept(
     positions_X = jnp.where(is_open_X, positions_XR[:, index], -1)
     slots, sampled_X, found = steps.sample(
       slots,
-      logits_XRV[:, index],
-      jnp.where(is_open_X, inputs.slots_R, padding_slot),
+      logits_at(index),
+      jnp.where(is_open_X, slots_X, padding_slot),
       positions_X + 1,
-      jnp.where(index == 0, inputs.forced_R, -1),
+      jnp.where(index == 0, forced_X, -1),
       None if allowed_XRW is None else allowed_XRW[:, index],
     )
     made = steps.Outputs(
@@ -153,7 +237,7 @@ def accept(
     after = jnp.minimum(index + 1, width - 1)
     is_open_X &= (positions_XR[:, after] >= 0) & (index + 1 < width)
     is_open_X &= tokens_XR[:, after] == sampled_X
-    is_open_X &= ~slots.has_ended_B[inputs.slots_R]
+    is_open_X &= ~slots.has_ended_B[slots_X]
     return index + 1, is_open_X, slots, outputs
 
   num_found = width, num_spans, settings_lib.MAX_LOGPROBS

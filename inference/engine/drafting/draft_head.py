@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inference.engine import device_state, engine_config, steps
-from inference.engine.compiled import layered
+from inference.engine.compiled import layered, programs as programs_lib
 from inference.engine.spread import placement as placement_lib, results
 from inference.sampling import sampler as sampler_lib, vocabulary
 from inference.scheduling import page_tables
@@ -46,6 +46,7 @@ class Weights:
   head: Any  # for models.layers.draft_head; float32
   num_ids: int  # K, the ids that it guesses: the first ones
   dtype: Any  # of the model that it drafts for
+  digest: str = ''  # of the head
 
   def num_bytes(self, model_width: int, dtype: Any) -> int:
     """Returns the bytes of the head, and of the rows that it unembeds with.
@@ -145,6 +146,11 @@ class DraftHead:
     self._shared: Any = None
 
   @property
+  def digest(self) -> str:
+    """The digest of the head."""
+    return self._weights.digest
+
+  @property
   def num_bytes(self) -> int:
     """Bytes of the head, and of its rows of the unembedding."""
     weights = dataclasses.replace(self._weights, num_ids=self._num_rows)
@@ -159,13 +165,20 @@ class DraftHead:
     stored = device_state.hidden_dtype(self._weights.dtype, kv_dtype)
     return self._model.config.model_width * jnp.dtype(stored).itemsize
 
-  def allocate(self, state: device_state.State, params: Any) -> None:
+  def allocate(
+    self,
+    state: device_state.State,
+    params: Any,
+    programs: programs_lib.Programs,
+  ) -> None:
     """Takes the shapes of an engine, and moves the head to its device.
 
     Args:
       state: of the engine.
       params: shapes of its params.
+      programs: of the engine; calls go through them.
     """
+    self._programs = programs
     self._page_size = state.kv_cache[-1].page_size
     dtype, shared = self._ports.dtype, layered.parted(params)[0]
     head = jax.tree.map(lambda x: jnp.asarray(x, dtype), self._weights.head)
@@ -180,7 +193,7 @@ class DraftHead:
     table_KD = self._first_rows.out_info
     self._drawing = Drawing(self._placement.copied(head), table_KD)
     arrays = shared, self._drawing, state.kv_cache[-1], state.slots
-    self._shapes = jax.tree.map(_abstract, arrays)
+    self._shapes = device_state.abstract(arrays)
 
   def use(self, params: device_state.Params) -> None:
     """Takes the tables of the model, which the engine computes with now."""
@@ -215,6 +228,22 @@ class DraftHead:
       for num in self._rows
     }
 
+  def compute(
+    self, key: int, state: device_state.State, inputs_ID: np.ndarray
+  ) -> np.ndarray:
+    """Calls a program; returns the tokens of drafts, and waits for them.
+
+    Args:
+      key: of the program: its number of rows.
+      state: of the engine.
+      inputs_ID: the arrays of `Inputs`, filled.
+    """
+    return np.asarray(
+      self._compiled[key](
+        self._shared, self._drawing, state.kv_cache[-1], state.slots, inputs_ID
+      )
+    )
+
   def lengths(
     self, sequences: Collection[page_tables.Sequence], most: int
   ) -> dict[Any, int]:
@@ -247,11 +276,8 @@ class DraftHead:
       inputs.slots_D[row] = span.slot
       inputs.pages_D[row] = span.pages[before // self._page_size]
       inputs.places_D[row] = before % self._page_size
-    tokens_GD = np.asarray(
-      self._compiled[num_rows](
-        self._shared, self._drawing, state.kv_cache[-1], state.slots, inputs_ID
-      )
-    )
+    tokens_GD = self._programs.draft(self.compute, num_rows, state, inputs_ID)
+    assert tokens_GD is not None
     filled = {
       span.sequence.id: dataclasses.replace(
         span,
@@ -354,8 +380,3 @@ def first_rows(
   """Returns the first rows of a model's unembedding, [K, D], in a dtype."""
   table_VD = steps.apply(model, shared, method='head_matrix')
   return table_VD[:num_rows].astype(dtype)
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-  sharding = getattr(leaf, 'sharding', None)
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

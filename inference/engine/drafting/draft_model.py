@@ -24,7 +24,6 @@ import dataclasses
 import itertools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,6 +33,7 @@ from inference.engine import (
   execution,
   inputs as inputs_lib,
 )
+from inference.engine.compiled import programs as programs_lib
 from inference.engine.drafting import draft_steps
 from inference.engine.spread import placement as placement_lib, results
 from inference.scheduling import page_tables
@@ -50,6 +50,7 @@ class Weights:
   config: model_config.ModelConfig
   params: device_state.Unread
   dtype: Any
+  digest: str = ''  # of the weights
 
 
 class DraftModel:
@@ -99,6 +100,11 @@ class DraftModel:
     self._compiled: dict[Any, Any] = {}
 
   @property
+  def digest(self) -> str:
+    """The digest of the weights."""
+    return self._weights.digest
+
+  @property
   def num_bytes(self) -> int:
     """Bytes of the weights."""
     return self._weights.params.num_bytes
@@ -108,17 +114,24 @@ class DraftModel:
     """Bytes of the KV cache of one token, all layers."""
     return self._backend.bytes_per_token(self._model_config)
 
-  def allocate(self, state: device_state.State, params: Any) -> None:
+  def allocate(
+    self,
+    state: device_state.State,
+    params: Any,
+    programs: programs_lib.Programs,
+  ) -> None:
     """Reads the weights, and makes as many pages as the engine has.
 
     Args:
       state: of the engine.
       params: shapes of its params.
+      programs: of the engine; calls go through them.
     """
     del params
+    self._programs = programs
     num_pages, page_size = state.kv_cache[0].kv_PQYC.shape[:2]
     self._page_size = page_size
-    self._slots = jax.tree.map(_abstract, state.slots)
+    self._slots = device_state.abstract(state.slots)
     self._followed = followed_lib.Followed(page_size)
     params = self._backend.read(self._weights.params, self._model_config)
     self._params = self._placement.copied(params)
@@ -130,7 +143,7 @@ class DraftModel:
       channels=self._backend.channels,
     )
     self._kv_cache: Any = self._placement.copied(kv_cache)
-    self._shapes = jax.tree.map(_abstract, self.arrays)
+    self._shapes = device_state.abstract(self.arrays)
 
   def use(self, params: device_state.Params) -> None:
     """Does nothing: this model has weights of its own."""
@@ -178,6 +191,28 @@ class DraftModel:
         made['draft', num] = pool.submit(lowered.compile)
     self._compiled = {key: each.result() for key, each in made.items()}
 
+  def compute(
+    self,
+    key: tuple[str, int],
+    state: device_state.State | None,
+    flat_I: np.ndarray,
+  ) -> np.ndarray | None:
+    """Calls a program; returns the tokens of drafts, and waits for them.
+
+    Args:
+      key: of the program: its kind, and its number of chunks or rows.
+      state: of the engine; chunks need none.
+      flat_I: the inputs, filled.
+    """
+    program = self._compiled[key]
+    if state is None:
+      self._kv_cache = program(self._params, self._kv_cache, flat_I)
+      return None
+    self._kv_cache, tokens_GD = program(
+      self._params, self._kv_cache, state.slots, flat_I
+    )
+    return np.asarray(tokens_GD)
+
   def lengths(
     self, sequences: Collection[page_tables.Sequence], most: int
   ) -> dict[Any, int]:
@@ -224,10 +259,9 @@ class DraftModel:
       inputs.lengths_D[row] = span.length - 1
       inputs.slots_D[row] = span.slot
       inputs.table_DL[row, : len(span.pages)] = span.pages
-    self._kv_cache, tokens_GD = self._compiled['draft', num_rows](
-      self._params, self._kv_cache, state.slots, flat_I
-    )
-    tokens_GD = np.asarray(tokens_GD)
+    key = 'draft', num_rows
+    tokens_GD = self._programs.draft(self.compute, key, state, flat_I)
+    assert tokens_GD is not None
     filled = {}
     for row, span in enumerate(drafted):
       guess = tuple(tokens_GD[: span.length - 1, row].tolist())
@@ -303,18 +337,12 @@ class DraftModel:
       pages = sequence.pages[: -(-stop // self._page_size)]
       inputs.chunk_table_XL[row, : len(pages)] = pages
       self._followed.wrote(sequence.id, sequence.tokens, stop)
-    self._kv_cache = self._compiled['extend', num_chunks](
-      self._params, self._kv_cache, flat_I
-    )
+    self._programs.draft(self.compute, ('extend', num_chunks), None, flat_I)
 
   def _layout(self, num_chunks: int) -> inputs_lib.Layout:
     return inputs_lib.Layout(
       0, num_chunks, self._chunk_tokens, self._table_width, num_chunks
     )
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def backend(

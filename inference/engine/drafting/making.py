@@ -1,6 +1,7 @@
 """The part of an engine that drafts on the device: a model, or a head."""
 
 from inference.engine import device_state, engine_config, execution
+from inference.engine.compiled import programs as programs_lib
 from inference.engine.drafting import draft_head, draft_model
 from inference.engine.spread import placement as placement_lib
 
@@ -57,10 +58,16 @@ def num_bytes(source: Source | None) -> int:
   return source.num_bytes if source else 0
 
 
+def digest(source: Source | None) -> str:
+  """Returns the digest of the weights of a source, '' if there is none."""
+  return source.digest if source else ''
+
+
 def compile_now(
   source: Source | None,
   state: device_state.State,
   params: device_state.Params,
+  programs: programs_lib.Programs,
   compile_all: bool,
 ) -> None:
   """Allocates what a source needs beside an engine, and compiles its programs.
@@ -69,8 +76,9 @@ def compile_now(
     source: None: does nothing.
     state: of the engine.
     params: shapes of its params.
+    programs: of the engine.
     compile_all: False leaves the programs to `source.compile`.
   """
   if source:
-    source.allocate(state, params)
+    source.allocate(state, params, programs)
     source.compile(compile_all)

@@ -4,8 +4,8 @@ An engine that speculates waits for the tokens in flight when a draft may follow
 them, plans one step that verifies drafts of all decoding sequences, and waits
 for that as well (`compiled.verification`). It sends decode steps ahead, as any
 engine does, while no sequence has a draft, and where `speculation.choice`
-expects them to be quicker. Steps with prompt chunks verify nothing: their
-programs are large, and more shapes of them would be many.
+expects them to be quicker. In a step with prompt chunks, the tokens of drafts
+take places of decodes that its shape has to spare.
 
 A sequence that a grammar constrains has drafts, too: the tokens that may follow
 each of them are found while the device verifies it (`engine.flight`).
@@ -58,6 +58,7 @@ class Speculator:
       source: of the drafts, if they are no look-ups.
     """
     self._programs, self._manager, self._metrics = programs, manager, metrics
+    self._limits = manager.limits
     self._measured = choice_lib.Measured()
     self._choice = choice_lib.Choice(self._measured)
     self._last_landed = 0.0
@@ -89,13 +90,18 @@ class Speculator:
     """
     if step.is_verified or not (may_draft and self.source):
       return step.is_verified
-    ready = [each for each in self._manager.running() if each.is_ready]
+    running = [each for each in self._manager.running() if each.is_ready]
     # One without a token in flight has prompt tokens left.
-    if not ready or not all(each.num_in_flight for each in ready):
+    ready = [each for each in running if each.num_in_flight]
+    if not ready or not (most := self._most_tokens()):
       return False
-    if not (most := self._most_tokens()):
-      return False
-    if not self._chosen(self.source.lengths(ready, most)):
+    num_chunks = 0
+    if len(ready) < len(running):  # the next step is expected to be like this
+      most_chunks = self._limits.max_mixed_chunks
+      num_chunks = min(max(len(step.chunks), 1), most_chunks)
+    num_prompt = num_chunks * self._limits.chunk_tokens
+    lengths = self.source.lengths(ready, most)
+    if not self._chosen(lengths, num_chunks, num_prompt):
       return False
     if not self.source.advance(ready):
       return False
@@ -117,14 +123,20 @@ class Speculator:
       return None
     by_id = {each.id: each for each in self._manager.running()}
     decoding = [by_id[id] for id in plan.decodes if id in by_id]
-    chosen = self._chosen(self.source.ready(decoding, most))
+    # A sequence that enters with this plan has no draft yet.
+    drafts = dict.fromkeys(plan.decodes, 0) | self.source.ready(decoding, most)
+    chosen = self._chosen(
+      drafts,
+      sum(self._limits.num_chunks(each.length) for each in plan.prefills),
+      sum(each.length for each in plan.prefills),
+    )
     has_waited, self._has_waited = self._has_waited, False
     lengths = self._manager.draft_lengths(plan, chosen) if chosen else {}
     if not any(lengths.values()):
       self._num_vain += has_waited
       return None
     self._num_vain = 0
-    return self.source.placed(lengths)
+    return self.source.placed({id: num for id, num in lengths.items() if num})
 
   def filled(self, step: spans.Step, state: Any) -> spans.Step:
     """Returns a step that verifies drafts with the tokens of its drafts.
@@ -145,23 +157,38 @@ class Speculator:
     widths = [shape.width for shape in self._programs.verified_shapes(1)]
     return max(widths, default=1) - 1
 
-  def _chosen(self, drafts: source_lib.Lengths) -> dict[Hashable, int]:
-    """Returns how many tokens of drafts are worth a step; {}: none are."""
+  def _chosen(
+    self, drafts: source_lib.Lengths, num_chunks: int, num_prompt: int
+  ) -> dict[Hashable, int]:
+    """Returns how many tokens of drafts are worth a step; {}: none are.
+
+    Args:
+      drafts: tokens of the draft of every decoding sequence, 0 or more.
+      num_chunks: chunks of the step.
+      num_prompt: tokens in them.
+    """
     if not any(drafts.values()):
       return {}
     assert self.source
-    num = len(drafts)
-    rows = self._programs.shape_for(num, 0).num_decodes
+    num, programs = len(drafts), self._programs
+    plain = programs.shape_for(num, num_chunks)
+    rows = plain if num_chunks else plain.num_decodes
     if self.source.is_endless and not self._choice.costs.seconds(rows, 1):
       return {}
-    chosen = self._choice.choose(
-      drafts,
-      [
-        (shape.num_spans, shape.width)
-        for shape in self._programs.verified_shapes(num)
-      ],
-      rows,
-    )
+    if num_chunks:
+      chosen = self._choice.choose_beside(
+        drafts,
+        programs.beside_shapes(num, num_chunks),
+        rows,
+        width=self._most_tokens() + 1,
+        num_prompt=num_prompt,
+        rows_alone=programs.shape_for(num, 0).num_decodes,
+      )
+    else:
+      shapes = programs.verified_shapes(num)
+      chosen = self._choice.choose(
+        drafts, [(shape.num_spans, shape.width) for shape in shapes], rows
+      )
     self._metrics.speculation_gain.set(chosen.gain)
     return chosen.lengths
 
@@ -174,13 +201,15 @@ class Speculator:
     plans while the device waits. The time of its drafts is a part of it.
     """
     before, self._last_landed = self._last_landed, now
-    if not self.source or flight.step.chunks or not num_steps:
+    if not self.source or not flight.step.decodes or not num_steps:
       return
     seconds = now - max(flight.sent_at, before)
     if flight.step.is_verified:
       # After a pause without work, the time between two readings says nothing.
       seconds = min(now - before, 2 * (now - max(self._began, before)))
-    rows = flight.shape.num_decodes
+    rows: Hashable = flight.shape.num_decodes
+    if flight.step.chunks:
+      rows = flight.beside or flight.shape
     self._measured.observe(rows, flight.width, seconds / num_steps)
 
   def landed(

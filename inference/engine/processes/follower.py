@@ -21,13 +21,15 @@ import jax
 import jax.numpy as jnp
 
 from frozen import format as frozen_format
+from inference import drafts
 from inference.engine import (
   adapter_table,
   device_state,
   engine_config,
   loaded,
 )
-from inference.engine.processes import leader as leader_lib, told
+from inference.engine.drafting import making
+from inference.engine.processes import leader as leader_lib, ported, told
 from inference.engine.spread import placement as placement_lib, pool as pool_lib
 from parallel import frames, processes, pulse
 from text import tokenizer as tokenizer_lib
@@ -43,6 +45,7 @@ class Load:
   config: engine_config.EngineConfig
   dtype: str
   num_pages: int  # P, that all devices have memory for
+  draft_digest: str = ''  # of the model or the head that drafts
   jaxlib: str = importlib.metadata.version('jaxlib')
 
 
@@ -85,7 +88,10 @@ class _Follower:
   ):
     self._directory, self._given = directory, given
     self._connection, self._lock = connection, threading.Lock()
-    self._engine: told.Repeated | None = None
+    # By number: engine 0 answers, those after it compute its prompts.
+    self._engines: dict[int, told.Repeated] = {}
+    self._ports = ported.Repeated()
+    self._devices: Sequence[jax.Device] = ()  # of all of them, in that order
     self._index = processes.index()
     self._failure: Exception | None = None  # to load
 
@@ -124,14 +130,18 @@ class _Follower:
           self._obey(verb, values)
     return None
 
-  def _obey(self, verb: str, values: Sequence[Any]) -> None:
+  def _obey(self, verb: str, values: Sequence[Any], which: int = 0) -> None:
+    """Does what process 0 does with engine `which`."""
+    if verb == 'beside':
+      which, verb, *values = values
+      self._obey(verb, values, which)
+      return
     if verb == 'load':
       number, load = values
       # Process 0 raises the error, and then ends this one.
-      self._failure = self._answered(number, lambda: self._load(load))
+      self._failure = self._answered(number, lambda: self._load(which, load))
       return
-    engine = self._engine
-    assert engine, verb
+    engine = self._engines[which]
     if verb in told.VERBS:
       getattr(engine, verb)(*values)
     elif verb == 'masks':
@@ -140,6 +150,13 @@ class _Follower:
       threading.Thread(
         target=self._answered, args=(number, engine.programs.masks.compile)
       ).start()
+    elif verb == 'send':
+      self._ports.send(which, engine.state.kv_cache, *values)
+    elif verb == 'write':
+      kv_cache = self._ports.write(engine.state.kv_cache, *values)
+      engine.state = engine.state._replace(kv_cache=kv_cache)
+    elif verb == 'drop':
+      self._ports.drop(*values)
     elif verb == 'gather':
       (path,) = values
       jax.block_until_ready(engine.state)  # see `Leader.gather`
@@ -147,10 +164,9 @@ class _Follower:
       leader_lib.gathered(weight)
     else:
       assert verb == 'release', verb
-      held = engine.params, engine.state, engine.adapters.table
-      for leaf in jax.tree.leaves(held):
+      for leaf in jax.tree.leaves(engine.arrays):
         leaf.delete()
-      self._engine = None
+      del self._engines[which]
 
   def _answered(
     self, number: int, function: Callable[[], None]
@@ -165,35 +181,83 @@ class _Follower:
     self.send(number, text)
     return failure
 
-  def _load(self, load: Load) -> None:
+  def _load(self, which: int, load: Load) -> None:
     host = jax.local_devices(backend='cpu')[0]
     frozen = frozen_format.open_directory(
       self._directory, sharding=jax.sharding.SingleDeviceSharding(host)
     )
-    self._check(load, frozen.manifest.weights_digest)
-    self._engine = _made(load, frozen)
+    _check_alike(load, self._directory, frozen.manifest.weights_digest)
+    if not which:
+      self._check_given(load.config)
+      self._devices = leader_lib.devices_of(load.config, jax.devices())
+    first = which * load.config.tensor
+    devices = self._devices[first : first + load.config.tensor]
+    given = {name: self._given.get(name) for name in drafts.DIRECTORIES}
+    own = {name: value for name, value in given.items() if value}
+    draft = drafts.read(dataclasses.replace(load.config, **own), frozen)
+    _check_draft(load, draft)
+    made = self._engines[which] = _made(load, frozen, draft, devices)
+    if load.config.prefill_engines or which:
+      kv_cache = self._ports.add(which, made.state.kv_cache)
+      made.state = made.state._replace(kv_cache=kv_cache)
 
-  def _check(self, load: Load, digest: str) -> None:
-    if digest != load.weights_digest:
-      raise ValueError(
-        f'{self._directory}: got weights {digest[:16]}, expected those of'
-        f' process 0, {load.weights_digest[:16]}; give all processes the same'
-        ' frozen directory'
-      )
+  def _check_given(self, config: engine_config.EngineConfig) -> None:
+    """Checks the flags of this process against the config of process 0.
+
+    Raises:
+      ValueError: one differs.
+    """
     for name, value in self._given.items():
-      if (expected := getattr(load.config, name)) != value:
+      expected = getattr(config, name)
+      # Machines have directories of their own, with the same content.
+      is_own = name in drafts.DIRECTORIES and value and expected
+      if value != expected and not is_own:
         raise ValueError(
           f'engine.{name}: got {value}, expected {expected} as in process 0;'
           ' start every process with the same flags'
         )
-    if (own := importlib.metadata.version('jaxlib')) != load.jaxlib:
-      raise ValueError(
-        f'jaxlib: got {own}, expected {load.jaxlib} as in process 0; install'
-        ' the same requirements on every machine'
-      )
 
 
-def _made(load: Load, frozen: frozen_format.Opened) -> told.Repeated:
+def _check_alike(load: Load, directory: str | os.PathLike, digest: str) -> None:
+  """Checks the weights and the programs of this process.
+
+  Raises:
+    ValueError: they are others than those of process 0.
+  """
+  if digest != load.weights_digest:
+    raise ValueError(
+      f'{directory}: got weights {digest[:16]}, expected those of process 0,'
+      f' {load.weights_digest[:16]}; give all processes the same frozen'
+      ' directory'
+    )
+  if (own := importlib.metadata.version('jaxlib')) != load.jaxlib:
+    raise ValueError(
+      f'jaxlib: got {own}, expected {load.jaxlib} as in process 0; install the'
+      ' same requirements on every machine'
+    )
+
+
+def _check_draft(load: Load, draft: making.Weights | None) -> None:
+  """Checks that the same model or head drafts as in process 0.
+
+  Raises:
+    ValueError: it is another one.
+  """
+  digest = draft.digest if draft else ''
+  if digest != load.draft_digest:
+    raise ValueError(
+      f'engine.draft_{load.config.speculation}: got weights {digest[:16]},'
+      f' expected those of process 0, {load.draft_digest[:16]}; give all'
+      ' processes the same directory'
+    )
+
+
+def _made(
+  load: Load,
+  frozen: frozen_format.Opened,
+  draft: making.Weights | None,
+  devices: Sequence[jax.Device],
+) -> told.Repeated:
   """Returns the part of an engine that belongs to this process."""
   config, dtype = load.config, jnp.dtype(load.dtype)
   model_config = dataclasses.replace(frozen.config, scan_layers=False)
@@ -207,9 +271,10 @@ def _made(load: Load, frozen: frozen_format.Opened) -> told.Repeated:
     model_config,
     params,
     vocab_size=tokenizer.vocab_size,
-    devices=jax.devices(),
+    devices=devices,
   )
   backend = placement_lib.backend_of(placement, config, params, dtype)
+  source, backend = making.made(draft, config, placement, backend)
   adapters = adapter_table.made(config, params, dtype, placement)
   context = config.context(model_config.max_length)
   made = loaded.load(
@@ -221,7 +286,13 @@ def _made(load: Load, frozen: frozen_format.Opened) -> told.Repeated:
     dtype=dtype,
     vocab_size=tokenizer.vocab_size,
     beside=adapters.beside,
+    draft=source,
   )
   return told.Repeated(
-    made.programs, made.params, made.state, placement.adapters, adapters
+    made.programs,
+    made.params,
+    made.state,
+    placement.adapters,
+    adapters,
+    source,
   )

@@ -38,6 +38,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from inference.engine import engine_config
 from models import axes
 from parallel import frames, processes, rules
 
@@ -97,19 +98,20 @@ class Leader:
     for each in self._watching:
       each.start()
 
-  def devices_of(self, num_devices: int) -> Sequence[jax.Device]:
-    """Returns the devices of an engine, which uses those of all processes.
+  def devices_of(
+    self, config: engine_config.EngineConfig
+  ) -> Sequence[jax.Device]:
+    """Returns the devices of an engine, see `devices_of`."""
+    return devices_of(config, self.devices)
 
-    Raises:
-      ValueError: it has another number of devices. A process without a device
-        of the mesh could not take part.
+  def beside(self, number: int, devices: Sequence[jax.Device]) -> 'Leader':
+    """Returns the leader of one more engine over the same processes.
+
+    Args:
+      number: of the engine, at least 1.
+      devices: of that engine.
     """
-    if num_devices != len(self.devices):
-      raise ValueError(
-        f'engine.tensor: got {num_devices}, expected {len(self.devices)}, the'
-        ' number of devices of all processes; change it, or the processes'
-      )
-    return self.devices
+    return _Beside(self, number, devices)
 
   def tell(self, verb: str, *values: Any) -> None:
     """Sends a call to all other processes.
@@ -127,10 +129,19 @@ class Leader:
 
   def ask(self, verb: str, *values: Any) -> int:
     """Sends a call that the others answer; returns its number for `wait`."""
-    number = next(self._numbers)
-    self._answers[number] = queue.SimpleQueue()
+    number = self.awaited()
     self.tell(verb, number, *values)
     return number
+
+  def awaited(self) -> int:
+    """Returns a new number, of a call that the others will answer."""
+    number = self.new_number()
+    self._answers[number] = queue.SimpleQueue()
+    return number
+
+  def new_number(self) -> int:
+    """Returns a number that no call has had."""
+    return next(self._numbers)
 
   def wait(self, number: int) -> None:
     """Waits until all other processes have answered a call.
@@ -148,6 +159,11 @@ class Leader:
       if error:
         raise ValueError(f'process {index}: {error}')
     del self._answers[number]
+
+  def release(self) -> None:
+    """Tells the other processes to free the arrays of the engine."""
+    self.tell('release')
+    self.latest = None  # it is freed here, too
 
   def whole(self, params: Any) -> Any:
     """Returns params of all processes, each an array when NumPy asks for it."""
@@ -206,6 +222,33 @@ class Leader:
     self._on_loss(self._loss)
 
 
+class _Beside(Leader):
+  """The leader of a further engine; the connections are those of the first."""
+
+  def __init__(
+    self, leader: Leader, number: int, devices: Sequence[jax.Device]
+  ):
+    # Not that of `Leader`, which connects.
+    self.order, self.devices, self.latest = leader.order, devices, None
+    self._leader, self._number = leader, number
+
+  def devices_of(self, config):
+    del config
+    return self.devices
+
+  def tell(self, verb, *values):
+    self._leader.tell('beside', self._number, verb, *values)
+
+  def awaited(self):
+    return self._leader.awaited()
+
+  def new_number(self):
+    return self._leader.new_number()
+
+  def wait(self, number):
+    self._leader.wait(number)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Whole:
   """A weight of which each process has a part."""
@@ -228,6 +271,54 @@ class _Whole:
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     del dtype, copy
     return self.gather(self.weight)
+
+
+def devices_of(
+  config: engine_config.EngineConfig, devices: Sequence[jax.Device]
+) -> Sequence[jax.Device]:
+  """Returns the devices of an engine, and then those of its prefill engines.
+
+  Every engine has the same share of the devices of each process: so its
+  programs run in all of them, and pages go from one engine to another without
+  leaving a process (`apart.pages.moved`).
+
+  Args:
+    config: of the engine that answers.
+    devices: of all processes.
+
+  Raises:
+    ValueError: the engines have another number of devices, or cannot share
+      those of a process. A process without a device of an engine could not
+      take part.
+  """
+  num_engines = 1 + config.prefill_engines
+  if config.num_devices != len(devices):
+    other = f' with prefill_engines = {config.prefill_engines}'
+    raise ValueError(
+      f'engine.tensor: got {config.tensor}{other * (num_engines > 1)}, which'
+      f' takes {config.num_devices} devices, expected {len(devices)}, the'
+      ' number of devices of all processes; change it, or the processes'
+    )
+  if num_engines == 1:
+    return devices
+  own: dict[int, list[jax.Device]] = {}
+  for device in devices:
+    own.setdefault(device.process_index, []).append(device)
+  sizes = {len(each) for each in own.values()}
+  if len(sizes) > 1 or min(sizes) % num_engines:
+    raise ValueError(
+      f'engine.prefill_engines: got {config.prefill_engines} over processes of'
+      f' {", ".join(map(str, sorted(sizes)))} devices, expected as many devices'
+      f' in each process, a multiple of {num_engines}: pages stay in their'
+      ' process; change it, or the processes'
+    )
+  size = min(sizes) // num_engines
+  return [
+    device
+    for number in range(num_engines)
+    for _, each in sorted(own.items())
+    for device in each[number * size : (number + 1) * size]
+  ]
 
 
 def gathered(weight: jax.Array) -> jax.Array:

@@ -19,7 +19,13 @@ from inference.engine import (
   engine_config,
   steps,
 )
-from inference.engine.compiled import keys as keys_lib, late, programs
+from inference.engine.compiled import (
+  keys as keys_lib,
+  late,
+  pending as pending_lib,
+  programs,
+)
+from inference.engine.drafting import making
 from inference.engine.processes import leader as leader_lib
 from inference.engine.spread import placement as placement_lib
 
@@ -69,6 +75,18 @@ class Programs(programs.Programs):
     with self._told('accept', pending.flat_I, allowed_XRW):
       state, outputs = super().accept(state, pending, allowed_XRW)
       return self._noted(state), outputs
+
+  def accept_beside(self, state, pending, allowed_XWW=None):
+    _, _, spans_2XW = pending
+    with self._told('accept_beside', pending.key, spans_2XW, allowed_XWW):
+      state, outputs = super().accept_beside(state, pending, allowed_XWW)
+      return self._noted(state), outputs
+
+  def draft(self, compute, key, state, array):
+    # It ends with the tokens of drafts, so no other program of several devices
+    # runs beside it; see `Leader._gather`.
+    with self._told('draft', key, state is not None, array):
+      return super().draft(compute, key, state, array)
 
   def step(self, shape, params, state, flat_I):
     with self._told('step', shape, flat_I):
@@ -178,6 +196,7 @@ class Repeated:
     state: device_state.State,
     places: adapter_table.Places,
     table: adapter_table.AdapterTable,
+    draft: making.Source | None = None,
   ):
     """Takes the programs, and what these devices have.
 
@@ -187,14 +206,28 @@ class Repeated:
       state: of the engine.
       places: of adapters.
       table: of adapters.
+      draft: the model or the head that drafts.
     """
     self.programs, self.params, self.state = compiled, params, state
-    self._places, self.adapters = places, table
+    self._places, self.adapters, self._draft = places, table, draft
     self._pending: Any = None  # of the latest `forward` or `verify`
+
+  @property
+  def arrays(self) -> Any:
+    """All arrays of the engine on these devices."""
+    drafting = self._draft.arrays if self._draft else ()
+    return self.params, self.state, self.adapters.table, drafting
 
   @property
   def _all_params(self) -> device_state.Params:
     return self.adapters.beside(self.params)
+
+  def draft(self, key: Any, has_state: bool, array: np.ndarray) -> None:
+    """Repeats `Programs.draft`; waits for drafts, as process 0 does."""
+    assert self._draft
+    self.programs.draft(
+      self._draft.compute, key, self.state if has_state else None, array
+    )
 
   def verify(self, shape: keys_lib.Verified, flat_I: np.ndarray) -> None:
     """Repeats `Programs.verify`."""
@@ -206,6 +239,18 @@ class Repeated:
     """Repeats `Programs.accept`, with the inputs as they are now."""
     pending = self._pending._replace(flat_I=flat_I)
     self.state, _ = self.programs.accept(self.state, pending, allowed_XRW)
+
+  def accept_beside(
+    self,
+    key: keys_lib.Beside,
+    spans_2XW: np.ndarray,
+    allowed_XWW: np.ndarray | None,
+  ) -> None:
+    """Repeats `Programs.accept_beside`."""
+    pending = pending_lib.Beside(key, self._pending, spans_2XW)
+    self.state, _ = self.programs.accept_beside(
+      self.state, pending, allowed_XWW
+    )
 
   def step(self, shape: steps.Shape, flat_I: np.ndarray) -> None:
     """Repeats `Programs.step`."""
@@ -248,7 +293,7 @@ class Repeated:
 # The calls that `Repeated` has, by the names that `Programs` sends.
 VERBS = frozenset(
   {
-    'verify', 'accept', 'step', 'forward', 'sample', 'seat', 'recount',
-    'copy_pages', 'put_adapter',
+    'verify', 'accept', 'accept_beside', 'step', 'forward', 'sample', 'seat',
+    'recount', 'copy_pages', 'put_adapter', 'draft',
   }
 )  # fmt: skip

@@ -25,7 +25,7 @@ from inference.engine import (
   engine_config,
   execution,
 )
-from inference.engine.compiled import programs
+from inference.engine.compiled import lowering
 from inference.engine.spread import (
   adapters as adapters_lib,
   layout as layout_lib,
@@ -39,7 +39,7 @@ from parallel import mesh as mesh_lib, parallel_config, rules
 from parallel.tensor import by_part, ports
 
 
-class Placement(programs.Placement, Protocol):
+class Placement(lowering.Placement, Protocol):
   """The devices of an engine, and what each holds."""
 
   @property
@@ -390,7 +390,18 @@ class Spread:
     return self.layout.vocab_size
 
   def copied(self, tree):
-    return jax.device_put(tree, rules.replicated(self.mesh))
+    # Devices of other processes get their copies there. `jax.device_put` onto
+    # all would send each array once more, to compare those of all processes.
+    sharding = rules.replicated(self.mesh)
+    own = sharding.addressable_devices
+
+    def copied(leaf):
+      copies = [jax.device_put(leaf, device) for device in own]
+      return jax.make_array_from_single_device_arrays(
+        leaf.shape, sharding, copies
+      )
+
+    return jax.tree.map(copied, tree)
 
   def lower_drafts(self, function, *args, form, **static):
     given = jax.tree.map(self._abstract, args)

@@ -40,9 +40,12 @@ def problem(
 
 def _of_config(config: engine_config.EngineConfig) -> tuple[str, str] | None:
   if config.native == 'on':
+    # A CPU is one device in real use. Devices that XLA makes of one CPU share
+    # its cores, which a native product takes all by itself.
     return (
       'engine.native = on',
-      'off: native products compute on one device; leave it out',
+      'off: native products compute on one device, as a CPU is, and take all of'
+      ' its cores; leave it out',
     )
   return None
 

@@ -62,6 +62,7 @@ def forms(
     jitted.sample: Form((slots, _ALL), (0,)),
     verification.verify: Form((pages, P(None, None, ports.AXIS)), (1,)),
     verification.accept: Form((slots, _ALL), (0,)),
+    verification.accept_beside: Form((slots, _ALL), (0,)),
     device_state.seat: Form(slots, (0,)),
     device_state.recount: Form(slots, (0,)),
     lowering.copy_pages: Form(pages, (0,)),

@@ -1,10 +1,12 @@
 """A drafter of engines in tests: guesses that are right or wrong."""
 
-from collections.abc import Hashable, Iterable, Sequence
+import collections
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+import contextlib
 
 import numpy as np
 
-from inference.engine import engine as engine_lib
+from inference.engine import engine as engine_lib, steps
 from inference.speculation import drafter as drafter_lib, source
 
 
@@ -16,6 +18,39 @@ def install(
   """Gives an engine that speculates a drafter, and costs of its programs."""
   engine._speculator.source = source.OfHost(drafter)
   engine._speculator._choice.costs = costs or Costs()
+
+
+def counted(engine: engine_lib.Engine) -> list[float]:
+  """Returns the accepted and the rejected tokens of drafts so far."""
+  return [
+    engine.metrics.value('speculation_tokens_total', kind=kind)
+    for kind in ('accepted', 'rejected')
+  ]
+
+
+@contextlib.contextmanager
+def verified_beside(
+  engine: engine_lib.Engine,
+) -> Iterator[collections.Counter[steps.Shape]]:
+  """Counts the steps that verify drafts beside chunks, by their shape."""
+  found = collections.Counter()
+  programs, forward = engine._programs, engine._programs.forward
+  accept = programs.accept_beside
+  shapes = []
+
+  def watched_forward(shape, *args):
+    shapes.append(shape)
+    return forward(shape, *args)
+
+  def watched_accept(*args):
+    found[shapes[-1]] += 1
+    return accept(*args)
+
+  programs.forward, programs.accept_beside = watched_forward, watched_accept
+  try:
+    yield found
+  finally:
+    del programs.forward, programs.accept_beside
 
 
 class Costs:

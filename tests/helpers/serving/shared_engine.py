@@ -4,8 +4,9 @@
       FIELDS
 
 Process 0 answers prompts and writes the results as JSON. FIELDS are those of
-the config of the engine, as JSON; `texts`: ids of texts to draft from; and
-`adapters`: their directories by name.
+the config of the engine, as JSON; `texts`: ids of texts to draft from;
+`adapters`: their directories by name; and `more`: other fields of further
+engines, by name, each of which answers after the one before it.
 """
 
 import json
@@ -14,7 +15,7 @@ import sys
 
 from inference import generate
 from inference.constraints import constraint as constraint_lib
-from inference.engine import engine_config
+from inference.engine import engine as engine_lib, engine_config
 from inference.engine.processes import follower, joined
 from inference.sampling import settings as settings_lib
 from parallel import processes
@@ -73,11 +74,56 @@ def texts(generator: generate.Generator, found: list) -> list[list[int]]:
   ]
 
 
+def _metrics(engine: engine_lib.Engine) -> dict[str, float]:
+  value = engine.metrics.value
+  return {
+    'preemptions': value('preemptions_total'),
+    'cached': value('cached_tokens_total'),
+    'accepted': value('speculation_tokens_total', kind='accepted'),
+    'rejected': value('speculation_tokens_total', kind='rejected'),
+  }
+
+
+def _beside(model: str, leader, fields) -> dict:
+  """Returns the results of a further engine."""
+  config = engine_config.EngineConfig(
+    **{
+      **LAYOUT,
+      **fields,
+      'constraints': False,
+      'decode_steps': 1,  # a draft follows tokens that were read
+    }
+  )
+  # As on a server, which leaves programs to a thread where it can.
+  generator = generate.load(model, config, compile_all=False, leader=leader)
+  engine = generator.engine
+  # All drafts are worth their time.
+  engine._speculator._choice.costs = guesses.Costs()
+  others = engine._prefillers._prefillers if engine._prefillers else ()
+  result = {
+    'digest': generator.weights_digest(),
+    'answers': answers(generator, has_grammars=False),
+    'metrics': _metrics(engine),
+    'apart': sum(
+      each.engine.metrics.value('prefill_tokens_total') for each in others
+    ),
+  }
+  engine.release()
+  return result
+
+
 def main() -> None:
   model, out, port, count, index, given = sys.argv[1:]
   fields = json.loads(given)
   known = fields.pop('texts', None)
   adapters = fields.pop('adapters', {})
+  more = fields.pop('more', {})
+  # Fields that a flag would set in every process.
+  given = {
+    name: value
+    for name, value in fields.items()
+    if not any(name in each for each in more.values())
+  }
   has_grammars = fields.get('constraints', True)
 
   def answer(leader) -> None:
@@ -85,21 +131,21 @@ def main() -> None:
     generator = generate.load(model, config, adapters=adapters, leader=leader)
     if known:
       guesses.install(generator.engine, guesses.Guesses(known))
-    value = generator.engine.metrics.value
+    with guesses.verified_beside(generator.engine) as beside:
+      found = answers(generator, has_grammars=has_grammars)
     result = {
-      'answers': answers(generator, has_grammars=has_grammars),
+      'answers': found,
       'adapted': {
         name: answers(generator.adapted(name), has_grammars=False)
         for name in adapters
       },
-      'metrics': {
-        'preemptions': value('preemptions_total'),
-        'cached': value('cached_tokens_total'),
-        'accepted': value('speculation_tokens_total', kind='accepted'),
-        'rejected': value('speculation_tokens_total', kind='rejected'),
-      },
+      'metrics': {**_metrics(generator.engine), 'beside': sum(beside.values())},
       'digest': generator.weights_digest(),
     }
+    if more:
+      generator.engine.release()
+    for name, each in more.items():
+      result[name] = _beside(model, leader, {**fields, **each})
     pathlib.Path(out).write_text(json.dumps(result))
 
   joined.run(
@@ -109,7 +155,7 @@ def main() -> None:
       process_id=int(index),
     ),
     answer,
-    follow=lambda: follower.follow(model, fields),
+    follow=lambda: follower.follow(model, given),
   )
 
 

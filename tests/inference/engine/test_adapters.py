@@ -190,6 +190,7 @@ def test_an_adapter_answers_as_the_merged_weights(numerics):
     assert np.abs(differences).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_the_base_has_the_bits_of_an_engine_without_adapters():
   bare = reference_engine.engine(**reference_engine.TIGHT)
   assert bare.adapters.table is None

@@ -98,6 +98,7 @@ def test_cached_tokens_are_cheaper_and_part_of_the_prompt(engine):
     assert used.price_nanos == money
 
 
+@pytest.mark.slow
 def test_a_preempted_sequence_is_billed_once(frozen_dir):
   config = generate.engine_config.EngineConfig(
     max_sequences=4,

@@ -139,6 +139,7 @@ def test_only_the_sequences_that_see_it_end_with_an_error(
   _check_clean(engine, clean, again)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('layout', _LAYOUTS.values(), ids=_LAYOUTS)
 def test_pages_that_are_not_finite_are_never_cached(layout, serve_with):
   engine = reference_engine.engine(**layout)
@@ -198,6 +199,7 @@ def test_a_prompt_that_is_scored(serve_with):
   assert not [*engine.run()]
 
 
+@pytest.mark.slow
 def test_a_token_behind_every_window_is_found(serve_with):
   # The last token of its chunk does not see it, in the only layer.
   config = dataclasses.replace(

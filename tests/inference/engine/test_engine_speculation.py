@@ -147,6 +147,68 @@ def test_a_text_that_repeats_itself_takes_fewer_steps():
   assert steps[1] < 0.6 * steps[0]
 
 
+@pytest.mark.parametrize('num', [1, 3])
+def test_drafts_are_verified_beside_the_chunks_of_prompts(num):
+  """In a loaded server, nearly every step has chunks."""
+  settings = _Settings(max_tokens=40, seed=num, ignore_eos=True, logprobs=2)
+  answering = [
+    requests.Request(prompt_ids=(5, 6, each), settings=settings)
+    for each in range(num)
+  ]
+  long = requests.Request(
+    prompt_ids=tuple(range(100)),
+    settings=_Settings(max_tokens=3, seed=9, prompt_logprobs=1, logprobs=1),
+  )
+  plain = reference_engine.engine(**_PLAIN)
+  expected = [
+    reference_engine.serve(plain, [each]).completions[0][0]
+    for each in (*answering, long)
+  ]
+  texts = [
+    (*each.prompt_ids, *found.token_ids)
+    for each, found in zip(answering, expected, strict=False)
+  ]
+  engine = _engine(guesses.Guesses(texts, wrong=0.15, is_longest=True))
+  value = engine.metrics.value
+  names = 'flops_total', 'accepted', 'rejected'
+
+  def counted():
+    return [
+      value(name) or value('speculation_tokens_total', kind=name)
+      for name in names
+    ]
+
+  before, found = counted(), {}
+  which = [engine.submit(each) for each in answering]
+  while any(live.last_at is None for live in engine._live.values()):
+    engine.step()
+  which.append(engine.submit(long))
+  (waiting,) = (x for x in engine._live.values() if x.request_id == which[-1])
+  with guesses.verified_beside(engine) as beside:
+    num_tokens, num_steps = 0, 0
+    while engine.has_work:
+      updates = engine.step()
+      engine.manager.check()
+      found |= {x.request_id: x.completion for x in updates if x.completion}
+      if waiting.sequence.num_computed < 100:
+        num_steps += 1
+        num_tokens += sum(len(x.token_ids) for x in updates)
+  # The prompt has 7 chunks; answers take more than a token per step meanwhile.
+  assert sum(beside.values()) >= 5
+  assert num_tokens > 1.5 * num * num_steps
+  served = [found[each] for each in which]
+  assert [*map(_without_guesses, served)] == [*map(_without_guesses, expected)]
+  flops, *tokens = (
+    after - first for first, after in zip(before, counted(), strict=True)
+  )
+  assert flops == pytest.approx(sum(x.usage.flops for x in served), rel=1e-12)
+  assert tokens == [
+    sum(getattr(each.usage, f'{kind}_tokens') for each in served)
+    for kind in names[1:]
+  ]
+  assert min(tokens) > 3
+
+
 def test_a_request_may_be_cancelled_while_its_draft_is_verified():
   texts = [tuple(range(30)) * 4]
   drafter = guesses.Guesses(texts, wrong=0.0)
@@ -176,6 +238,7 @@ def _alone(request):
   return completion.token_ids
 
 
+@pytest.mark.slow
 def test_samples_with_drafts_have_the_distribution_that_numpy_computes():
   """Chi-square of two tokens, with wrong and right drafts of the second."""
   layout = {**test_engine_sampling._LAYOUT, 'speculation': 'ngram'}

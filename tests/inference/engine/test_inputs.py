@@ -1,8 +1,11 @@
 """The arrays of planned steps, written out."""
 
+import dataclasses
+
 import numpy as np
 
 from inference.engine import inputs as inputs_lib
+from inference.engine.compiled import keys
 from inference.scheduling import page_tables, spans
 
 
@@ -66,14 +69,16 @@ _STEP = spans.Step(
 )
 
 
-def _filled(scored, targets=None):
+def _filled(scored, targets=None, step=_STEP, num_decodes=3):
   flat_I, inputs = inputs_lib.empty(
-    inputs_lib.Layout(3, 3, chunk_tokens=4, table_width=3, num_sampled=8),
+    inputs_lib.Layout(
+      num_decodes, 3, chunk_tokens=4, table_width=3, num_sampled=8
+    ),
     padding_slot=9,
   )
   inputs_lib.fill(
     inputs,
-    _STEP,
+    step,
     chunk_tokens=4,
     answers={
       _SEQUENCES[id]: _Live(scored.get(id), (targets or {}).get(id, {}))
@@ -99,6 +104,33 @@ def test_decodes_and_chunks_are_laid_out_with_padding_between():
   assert (inputs.targets_M == -1).all()
   assert (inputs.forced_R == -1).all()
   assert (inputs.prompt_logprobs_X == -1).all()
+
+
+def test_drafts_beside_chunks_have_a_row_for_each_token():
+  step = dataclasses.replace(
+    _STEP,
+    decodes=(
+      _span('a', 5, 7, (31, 32, 33), (4, 2)),
+      _span('b', 0, 8, (41,), (6, 7, 1)),
+    ),
+    is_verified=True,
+  )
+  inputs = _filled({}, {'a': {8: 70, 9: 71}, 'd': {2: 72}}, step, num_decodes=5)
+  assert inputs.tokens_T[:5].tolist() == [31, 32, 33, 41, 0]
+  assert inputs.positions_T[:5].tolist() == [7, 8, 9, 8, -1]
+  tables = [[4, 2, 0]] * 3 + [[6, 7, 1], [0, 0, 0]]
+  assert inputs.decode_table_DL.tolist() == tables
+  assert inputs.rows_R.tolist() == [0, 1, 2, 3, 0, 8, 10, 0]
+  assert inputs.slots_R.tolist() == [5, 5, 5, 0, 9, 9, 3, 9]
+  # The token after the first one is forced: drafts follow known tokens.
+  assert inputs.forced_R.tolist() == [70, -1, -1, -1, -1, -1, 72, -1]
+  key = keys.Beside(size=8, num_decodes=2, num_chunks=3, width=4)
+  rows_XW, tokens_XW = inputs_lib.drafted_rows(step, key, 5)
+  none = [-1] * 4
+  assert rows_XW.tolist() == [
+    [0, 1, 2, -1], [3, -1, -1, -1], [5, -1, -1, -1], [6, -1, -1, -1], none,
+  ]  # fmt: skip
+  assert tokens_XW[:2].tolist() == [[31, 32, 33, -1], [41, -1, -1, -1]]
 
 
 def test_the_targets_of_a_scored_prompt_are_one_further():

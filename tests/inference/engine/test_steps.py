@@ -88,6 +88,7 @@ def test_prefill_and_decode_steps_are_the_full_forward():
   assert ids[len(_PROMPT) :] == expected_TV.argmax(-1).tolist()
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('numerics', engine_config.NUMERICS)
 @pytest.mark.parametrize('kind', ['llama', 'mixture'])
 def test_a_step_in_bfloat16_widens_no_weights_and_no_pages(kind, numerics):

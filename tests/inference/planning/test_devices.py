@@ -4,14 +4,23 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import pretrain
-from frozen import stored_kernels
+from frozen import draft_heads, format as frozen_format, stored_kernels
 from hardware import compile_ahead, hlo, peaks, targets
-from inference.engine import adapter_table, device_state, engine_config
+from inference import drafts
+from inference.engine import (
+  adapter_table,
+  device_state,
+  engine_config,
+  execution,
+)
+from inference.engine.drafting import making
 from inference.engine.spread import placement as placement_lib
 from inference.planning import plan as plan_lib, report, subject
+from models.layers import draft_head
 from tests.helpers import commands, frozen_dirs, tiny_models
 from tests.helpers.open_weights import stored_params
 from tests.helpers.serving import reference_engine
@@ -67,6 +76,58 @@ def test_adapters_of_a_device_are_those_of_the_engines_table(tensor):
   assert planned.bytes_of(2, 9) - bare.bytes_of(2, 9) == table.num_bytes
   assert planned.step_bytes(2, 9) - bare.step_bytes(2, 9) == table.num_bytes
   assert 'for 3 of rank 2' in report.report(planned)
+
+
+@pytest.fixture(scope='module')
+def drafting(tmp_path_factory):
+  """Returns directories of a model, and of a model and a head that draft."""
+  path = tmp_path_factory.mktemp('drafting')
+  config = frozen_dirs.config(num_layers=2)
+  written = frozen_dirs.write(path / 'target', config=config)
+  frozen_dirs.write(path / 'model', config=frozen_dirs.config(num_layers=1))
+  width = config.model_width
+  draft_heads.write(
+    path / 'head',
+    draft_head.init(width, width, jax.random.key(0)),
+    base_digest=written.weights_digest,
+    num_ids=100,
+    provenance=frozen_dirs.provenance(),
+    texts={},
+  )
+  return path
+
+
+@pytest.mark.parametrize('tensor', [1, 4])
+@pytest.mark.parametrize('kind', ['model', 'head'])
+def test_drafts_take_the_memory_of_the_engines_source(kind, tensor, drafting):
+  fields = {'speculation': kind, f'draft_{kind}': str(drafting / kind)}
+  found = subject.of_directory(str(drafting / 'target'))
+  planned, bare = (
+    plan_lib.make(found, 'cpu:4', tensor=tensor, is_compiled=False, **each)
+    for each in (fields, {'speculation': 'ngram'})
+  )
+  config = engine_config.EngineConfig(tensor=tensor, **fields)
+  frozen = frozen_format.open_directory(drafting / 'target')
+  placement = placement_lib.make(
+    config,
+    frozen.config,
+    device_state.unread(frozen.shapes),
+    vocab_size=planned.config.vocab_size,
+  )
+  weights = drafts.read(config, frozen)
+  backend = placement.backend(
+    execution.choose(config, placement.model, jnp.float32, 'cpu')
+  )
+  source, backend = making.made(weights, config, placement, backend)
+  assert planned.held_bytes - bare.held_bytes == source.num_bytes > 0
+  each = planned.bytes_of(2, 9) - bare.bytes_of(2, 9) - source.num_bytes
+  assert each == 2 * 9 * backend.beside_bytes > 0
+  assert planned.num_sequences(64) < bare.num_sequences(64)
+  assert planned.step_seconds(2, 9) == bare.step_seconds(2, 9)
+  assert f' of a draft {kind}, and ' in report.report(planned)
+  assert 'drafts' not in report.report(bare)
+  with pytest.raises(ValueError, match=f'draft_{kind}: got none with specul'):
+    plan_lib.make(found, 'cpu:4', is_compiled=False, speculation=kind)
 
 
 @pytest.mark.slow
@@ -130,6 +191,7 @@ def test_weights_in_fewer_bits_are_those_that_the_engine_places(scheme, tensor):
   assert [each.tensor for each in plan_lib.degrees(planned)] == [1, 2, 4]
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize('scheme', ['ordered', 'nvfp4'])
 @pytest.mark.parametrize('experts', [1, 2, 4])
 def test_experts_in_fewer_bits_are_those_that_the_engine_places(

@@ -93,6 +93,7 @@ def _split(num_devices: int):
   return function.lower(*args).compile(), args
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('num_devices', [1, 2, 4, 8])
 def test_a_split_vocabulary_gives_the_same_tokens(num_devices):
   expected = jax.device_get(jax.jit(_all)(*_batch()))

@@ -3,17 +3,15 @@
 import dataclasses
 import gc
 import threading
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
-from inference.engine import (
-  config_checks,
-  engine as engine_lib,
-  engine_config,
-)
+from inference.engine import engine as engine_lib, engine_config
 from inference.engine.apart import prefiller
+from inference.engine.processes import leader
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from tests.helpers import frozen_dirs, tiny_models
@@ -304,15 +302,25 @@ def test_more_engines_than_devices_and_new_weights_are_refused(apart):
     apart.set_params(apart.params, 'e')
 
 
-def test_each_engine_for_prompts_takes_as_many_devices_in_one_process():
-  config = dataclasses.replace(_LAYOUT, tensor=2, prefill_engines=2)
-  assert config.num_devices == 6
-  config_checks.over_processes(dataclasses.replace(_LAYOUT, max_adapters=3))
-  drafting = dataclasses.replace(_LAYOUT, speculation='model', draft_model='d')
-  for each, message in (
-    (config, 'prefill_engines: got 2 over several'),
-    # Followers have no draft model.
-    (drafting, 'speculation: got model over several .* expected off or ngram'),
+class _Device(NamedTuple):
+  id: int
+  process_index: int
+
+
+def test_each_engine_for_prompts_takes_as_many_devices_of_each_process():
+  config = dataclasses.replace(_LAYOUT, tensor=4, prefill_engines=1)
+  assert config.num_devices == 8
+  found = [_Device(n, n // 4) for n in range(8)]
+  shared = leader.devices_of(config, found)
+  # First those of the engine that answers; a part and its copy are neighbours.
+  assert [each.id for each in shared] == [0, 1, 4, 5, 2, 3, 6, 7]
+  alone = dataclasses.replace(config, tensor=8, prefill_engines=0)
+  assert leader.devices_of(alone, found) == found
+  uneven = [_Device(n, n // 5) for n in range(8)]
+  for given, message in (
+    (found[:6], 'got 4 with prefill_engines = 1, which takes 8 devices, exp'),
+    (uneven, 'got 1 over processes of 3, 5 devices, expected as many devices'),
+    ([_Device(n, n) for n in range(8)], 'of 1 devices, .* a multiple of 2: pa'),
   ):
     with pytest.raises(ValueError, match=message):
-      config_checks.over_processes(each)
+      leader.devices_of(config, given)

@@ -155,6 +155,7 @@ def _answer():
   ]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('min_layer_bytes', [0, layered.MIN_LAYER_BYTES])
 def test_the_second_engine_traces_nothing(
   tmp_path, monkeypatch, min_layer_bytes
@@ -171,6 +172,7 @@ def test_the_second_engine_traces_nothing(
   assert _answer() == before
 
 
+@pytest.mark.slow
 def test_programs_of_a_step_and_of_its_layers_are_told_apart(
   tmp_path, monkeypatch
 ):

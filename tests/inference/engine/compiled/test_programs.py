@@ -77,6 +77,7 @@ def test_few_shapes_hold_every_step():
       assert any(d >= decodes and x >= chunks for d, x in few)
 
 
+@pytest.mark.slow
 def test_an_engine_answers_before_all_its_programs_are_compiled():
   engine = engine_lib.Engine(
     reference_engine.model_config(),

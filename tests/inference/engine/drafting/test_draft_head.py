@@ -23,7 +23,6 @@ from tests.inference.engine.drafting import test_draft_model
 
 _Settings = settings_lib.Settings
 _LAYOUT = test_draft_model._LAYOUT
-_counted = test_draft_model._counted
 
 
 @pytest.mark.slow
@@ -31,10 +30,12 @@ def test_one_function_with_a_draft_head():
   """In crowds, with prefix hits, chunks, forks and preemptions."""
   engine = reference_engine.engine(**_LAYOUT, has_head=True)
   test_engine_matrix._check_alone('llama', engine)
-  test_engine_matrix._check_crowds(
-    'llama', engine, num_crowds=2, num_requests=24
-  )
-  assert min(_counted(engine)) > 50, _counted(engine)
+  with guesses.verified_beside(engine) as beside:
+    test_engine_matrix._check_crowds(
+      'llama', engine, num_crowds=2, num_requests=24
+    )
+  assert sum(beside.values()) > 20
+  assert min(guesses.counted(engine)) > 50, guesses.counted(engine)
 
 
 @pytest.mark.slow
@@ -142,7 +143,7 @@ def test_states_follow_pages(is_layered, monkeypatch):
     )
     for number, length in enumerate((40, 17, 40, 1, 64, 33, 40, 17, 64, 5))
   ]  # fmt: skip
-  before = _counted(engine)
+  before = guesses.counted(engine)
   served = reference_engine.serve(
     engine, wanted, rng=rng, spread=10, preemptions=(0, 1, 2)
   )
@@ -155,7 +156,7 @@ def test_states_follow_pages(is_layered, monkeypatch):
     engine.step()
   engine.cancel(cancelled)
   reference_engine.serve(engine, [wanted[2], wanted[3]])
-  assert min(np.subtract(_counted(engine), before)) > 10
+  assert min(np.subtract(guesses.counted(engine), before)) > 10
   offline, checked = _Offline(config, params, weights), []
   for tokens, guess, live in made:
     noise = _noise(live, engine.tokenizer.vocab_size)
@@ -197,9 +198,16 @@ def test_a_head_belongs_to_its_weights(tmp_path):
   generator = generate.load(tmp_path / 'model', config)
   engine = generator.engine
   # The plan of the memory knows the sizes from the manifests alone.
-  planned, per_token = drafts.memory(config, base, engine.backend, 'cpu')
+  model = target.config
+  found = drafts.memory(config, model, base.dtype, engine.backend, 'cpu')
+  planned, per_token = found.num_bytes(270), found.bytes_per_token
   assert planned == engine.draft.num_bytes
   assert planned == 4 * (written.num_params + 100 * width)
+  # Two devices share the rows that they unembed with.
+  assert found.num_bytes(50) == planned - 4 * 50 * width
+  wide = dataclasses.replace(model, model_width=2 * width)
+  with pytest.raises(ValueError, match=f'draft_head: got .* width {width}, ex'):
+    drafts.memory(config, wide, base.dtype, engine.backend, 'cpu')
   assert per_token == engine.backend.beside_bytes == 4 * width
   plain = dataclasses.replace(config, speculation='off', draft_head='')
   more = memory.plan(base, config), memory.plan(base, plain)

@@ -11,7 +11,7 @@ from inference.engine import engine_config
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from tests.helpers import frozen_dirs
-from tests.helpers.serving import reference_engine
+from tests.helpers.serving import guesses, reference_engine
 from tests.inference.engine import test_engine_matrix
 
 _Settings = settings_lib.Settings
@@ -26,22 +26,17 @@ _LAYOUT = {
 }
 
 
-def _counted(engine):
-  return [
-    engine.metrics.value('speculation_tokens_total', kind=kind)
-    for kind in ('accepted', 'rejected')
-  ]
-
-
 @pytest.mark.slow
 def test_one_function_with_a_draft_model():
   """In crowds, with prefix hits, chunks, forks and preemptions."""
   engine = reference_engine.engine(**_LAYOUT, noise=0.02)
   test_engine_matrix._check_alone('llama', engine)
-  test_engine_matrix._check_crowds(
-    'llama', engine, num_crowds=2, num_requests=24
-  )
-  accepted, rejected = _counted(engine)
+  with guesses.verified_beside(engine) as beside:
+    test_engine_matrix._check_crowds(
+      'llama', engine, num_crowds=2, num_requests=24
+    )
+  assert sum(beside.values()) > 20
+  accepted, rejected = guesses.counted(engine)
   assert accepted > 100, (accepted, rejected)
   assert rejected > 100
 
@@ -62,7 +57,7 @@ def test_a_model_that_drafts_for_itself_is_right():
   """So its cache follows hits, preemptions, cancellations and other drafts."""
   engine = reference_engine.engine(**_LAYOUT, noise=0.0)
   rng = np.random.default_rng(0)
-  before = _counted(engine)
+  before = guesses.counted(engine)
   wanted = [
     requests.Request(
       prompt_ids=tuple(range(30, 30 + length)),
@@ -85,7 +80,7 @@ def test_a_model_that_drafts_for_itself_is_right():
     engine.step()
   engine.cancel(cancelled)
   reference_engine.serve(engine, [wanted[3]])
-  accepted, rejected = np.subtract(_counted(engine), before)
+  accepted, rejected = np.subtract(guesses.counted(engine), before)
   # Measured: 168 and 0. Fast numerics may round one guess to another token.
   assert accepted > 120
   assert rejected <= 5

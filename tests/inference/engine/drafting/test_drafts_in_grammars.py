@@ -74,14 +74,16 @@ def test_drafts_in_grammars_change_no_token(alone, sees_ahead, monkeypatch):
     value('speculation_tokens_total', kind=kind)
     for kind in ('accepted', 'rejected')
   ]
-  served = reference_engine.serve(
-    engine,
-    _wanted(),
-    rng=np.random.default_rng(3),
-    spread=12,
-    preemptions=(0, 1),
-  )
+  with guesses.verified_beside(engine) as beside:
+    served = reference_engine.serve(
+      engine,
+      _wanted(),
+      rng=np.random.default_rng(3),
+      spread=12,
+      preemptions=(0, 1),
+    )
   _check(alone, served)
+  assert sum(beside.values()) > 5
   accepted, rejected = (
     value('speculation_tokens_total', kind=kind) - num
     for kind, num in zip(('accepted', 'rejected'), before, strict=True)

@@ -5,8 +5,10 @@ import queue
 import socket
 import threading
 
+import jax
 import pytest
 
+from inference.engine import engine_config
 from inference.engine.processes import leader as leader_lib
 from parallel import frames, processes
 
@@ -136,8 +138,9 @@ def test_a_process_that_never_connects_is_named(world, monkeypatch):
 def test_an_engine_that_leaves_devices_out_is_refused(world):
   """A process without a device of the mesh could not take part."""
   with world.leader() as (leader, _):
-    leader.devices_of(8)
+    config = engine_config.EngineConfig(tensor=8)
+    assert leader.devices_of(config) == jax.devices()
     with pytest.raises(
-      ValueError, match='engine.tensor: got 1, expected 8, the number of dev'
+      ValueError, match='got 1, which takes 1 devices, expected 8, the number'
     ):
-      leader.devices_of(1)
+      leader.devices_of(engine_config.EngineConfig())

@@ -5,16 +5,21 @@ import socket
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from frozen import draft_heads
 from inference import generate
 from inference.engine import engine_config
+from models import layout
 from tests.helpers import commands, frozen_dirs, tiny_models
 from tests.helpers.open_weights import stored_params
-from tests.helpers.serving import shared_engine
+from tests.helpers.serving import shared_engine, trained_heads
 from tests.helpers.training import tiny_adapters
 
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 pytestmark = pytest.mark.slow  # processes start and compile
 
 
@@ -63,13 +68,45 @@ def _answers(model, out, *, count, **fields):
   return json.loads(out.read_text())
 
 
+def _write_drafts(path, config, params, manifest):
+  """Writes a model and a head that guess as a model does, now and then."""
+  rng = np.random.default_rng(1)
+  noisy = jax.tree.map(
+    lambda x: jnp.asarray(x + 0.05 * rng.normal(size=x.shape), x.dtype), params
+  )
+  frozen_dirs.write(path / 'model', config=config, params=noisy)
+  separate, unstacked = layout.unstack(params, config)
+  trained = trained_heads.weights(unstacked, separate, num_steps=40)
+  draft_heads.write(
+    path / 'head',
+    trained.head,
+    base_digest=manifest.weights_digest,
+    num_ids=trained.num_ids,
+    provenance=frozen_dirs.provenance(),
+    texts={},
+  )
+  return {
+    kind: {
+      'speculation': kind,
+      'draft_tokens': num_tokens,
+      f'draft_{kind}': str(path / kind),
+    }
+    for kind, num_tokens in (('model', 3), ('head', 1))
+  }
+
+
 def test_two_processes_answer_with_the_bits_of_one(tmp_path):
-  """2 x 4 devices in invariant numerics, and one device of this process."""
+  """2 x 4 devices in invariant numerics, and one device of this process.
+
+  With look-ups, a model and a head that draft, and with prompts that are
+  computed on half of the devices of each process.
+  """
   config = frozen_dirs.config(
     num_layers=1, num_heads=9, num_kv_heads=3, scan_layers=True
   )
-  model = tmp_path / 'model'
-  manifest = frozen_dirs.write(model, config=config)
+  model = tmp_path / 'target'
+  params = frozen_dirs.params(config)
+  manifest = frozen_dirs.write(model, config=config, params=params)
   alone = generate.load(
     model,
     engine_config.EngineConfig(
@@ -84,10 +121,21 @@ def test_two_processes_answer_with_the_bits_of_one(tmp_path):
     tensor=8,
     numerics='invariant',
     texts=shared_engine.texts(alone, expected),
+    more={
+      **_write_drafts(tmp_path, config, params, manifest),
+      'apart': {'tensor': 4, 'tensor_parts': 8, 'prefill_engines': 1},
+    },
   )
   assert found['answers'] == expected
   assert found['digest'] == manifest.weights_digest
   assert min(found['metrics'].values()) > 0, found['metrics']
+  for kind in ('model', 'head', 'apart'):
+    each = found[kind]
+    assert each['answers'] == expected[:-1], kind  # without the grammar
+    assert each['digest'] == manifest.weights_digest
+    if kind != 'apart':
+      assert min(each['metrics'].values()) > 0, (kind, each['metrics'])
+  assert found['apart']['apart'] > 0
 
 
 def test_a_mixture_in_fast_numerics_has_the_bits_of_the_same_devices(tmp_path):

@@ -134,9 +134,10 @@ def test_drafts_and_grammars_over_devices():
     for request in greedy
   ]
   guesses.install(engine, guesses.Guesses(texts))
-  for request, ((ids, *_),) in zip(
-    greedy, _answers(engine, greedy), strict=True
-  ):
+  with guesses.verified_beside(engine) as beside:
+    answers = _answers(engine, greedy)
+  assert sum(beside.values()) > 0
+  for request, ((ids, *_),) in zip(greedy, answers, strict=True):
     assert ids == reference.answer(request).token_ids
   for kind in ('accepted', 'rejected'):
     assert engine.metrics.value('speculation_tokens_total', kind=kind) > 2
@@ -169,14 +170,16 @@ def test_a_model_or_a_head_that_drafts_over_devices_changes_no_bit(drafts):
   plain = _answers(shared(tensor=1), _REQUESTS)
   engine = shared(tensor=2, draft_tokens=3, **drafts)
   assert engine.placement.num_devices == 2
-  found = _answers(
-    engine,
-    _REQUESTS,
-    rng=np.random.default_rng(0),
-    spread=9,
-    preemptions=(0, 1),
-  )
+  with guesses.verified_beside(engine) as beside:
+    found = _answers(
+      engine,
+      _REQUESTS,
+      rng=np.random.default_rng(0),
+      spread=9,
+      preemptions=(0, 1),
+    )
   assert found == plain
+  assert sum(beside.values()) > 3
   for kind in ('accepted', 'rejected'):
     assert engine.metrics.value('speculation_tokens_total', kind=kind) > 5
   # What drafts is on every device, but for the rows of the unembedding.

@@ -121,6 +121,7 @@ _MORE = [
 ]
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
   ('name', 'owner', 'mlp_width', 'is_across'),
   [*_KERNELS, *(pytest.param(*x, marks=pytest.mark.slow) for x in _MORE)],
@@ -144,6 +145,7 @@ def test_products_are_those_of_the_kernel_with_the_same_bits(
     np.testing.assert_allclose(got, expected, atol=bound, rtol=0)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize('num_devices', [2, 8])
 @pytest.mark.parametrize('scheme', ['uint4', 'nvfp4', 'ordered', 'Q8_0'])
 def test_kernels_are_those_of_the_model_again(scheme, num_devices):
