@@ -74,6 +74,10 @@ _OF_PORT = (
   *('host', 'name', 'api_keys', 'records', 'receipts', 'receipts_key'),
   *('insecure', 'replicas', 'drain_seconds'),
 )
+_OF_PLAN = (
+  *('tensor', 'experts', 'max_adapters', 'max_adapter_rank'),
+  *('speculation', 'draft_model', 'draft_head'),
+)
 # Ways of asking that the other flags matter to, where it is not all of them.
 _HEEDED_BY = {
   'n': ('prompt',),
@@ -84,10 +88,7 @@ _HEEDED_BY = {
   **dict.fromkeys(_OF_PORT, ('port',)),
   'eval_out': ('eval',),
   'config': ('plan',),
-  'engine.tensor': _WAYS,
-  'engine.experts': _WAYS,
-  'engine.max_adapters': _WAYS,
-  'engine.max_adapter_rank': _WAYS,
+  **{f'engine.{name}': _WAYS for name in _OF_PLAN},
   'compilation_cache': _ENGINE.ways,
 }
 

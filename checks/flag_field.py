@@ -8,9 +8,9 @@ def field(default: Any, text: str = '', **metadata: Any) -> Any:
   """Returns a dataclass field with the help text of its flag.
 
   Args:
-    text: help text of the flag; `inference.flags` adds the default to it.
     default: value of the field.
-    text: help of the flag; its default is added there.
-    **metadata: further metadata, which `inference.flags` and its readers know.
+    text: help text of the flag; `inference.flags` adds the default to it.
+    **metadata: further metadata, which `inference.flags` and its readers know,
+      such as `is_path`.
   """
   return dataclasses.field(default=default, metadata={'help': text, **metadata})

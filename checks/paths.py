@@ -7,7 +7,28 @@ file of an experiment. Every path that a user gives passes through `expanded`.
 import os
 import re
 
+from checks import expect
+
 _VARIABLE = re.compile(r'\$(\w+|\{\w+\})')
+
+
+def named(flag: str, text: str) -> tuple[str, str]:
+  """Returns the name and the path of a text NAME=PATH.
+
+  Args:
+    flag: the flag as its user writes it, for the error.
+    text: the text; spaces around both parts are removed.
+
+  Raises:
+    ValueError: the text has another form, or the path is not `expanded`.
+  """
+  name, _, path = (part.strip() for part in text.partition('='))
+  if not (name and path and name.isprintable()):
+    raise ValueError(
+      f'{flag}: got {expect.shown(text)}, expected NAME=PATH with a printable'
+      ' name, and commas between several'
+    )
+  return name, expanded(flag, path)
 
 
 def expanded(name: str, path: str | os.PathLike) -> str:

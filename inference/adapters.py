@@ -9,7 +9,7 @@ Each name is a model that answers beside the base.
 from collections.abc import Iterable, Mapping, Sequence
 import logging
 
-from checks import expect
+from checks import expect, paths
 from frozen import adapters as frozen_adapters, format as frozen_format
 from models.layers import adapters as adapters_lib
 
@@ -20,15 +20,16 @@ def parsed(texts: Sequence[str]) -> dict[str, str]:
   """Returns the directories of adapters by name, from texts NAME=DIR.
 
   Raises:
-    ValueError: a text is not NAME=DIR, or two texts have the same name.
+    ValueError: a text is not NAME=DIR, a name has an @, or two texts have the
+      same name.
   """
   found: dict[str, str] = {}
   for text in texts:
-    name, _, directory = (part.strip() for part in text.partition('='))
-    if not (name and directory and name.isprintable()) or '@' in name:
+    name, directory = paths.named('--adapters', text)
+    if '@' in name:
       raise ValueError(
-        f'--adapters: got {expect.shown(text)}, expected NAME=DIR with a'
-        ' printable name without @, and commas between several'
+        f'--adapters: got the name {expect.shown(name)}, expected one without'
+        ' @; rename it'
       )
     if name in found:
       raise ValueError(

@@ -8,7 +8,8 @@
 
 A field is a flag unless its metadata say `flag: False`. The help of the flag is
 the `help` of the metadata and the default of the field, so neither is written
-twice.
+twice. The flag of a field with `is_path` in its metadata replaces ~ and
+$VARIABLES.
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ import typing
 from typing import Any
 
 from absl import flags
+
+from checks import path_flags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,9 @@ def _definer(field: dataclasses.Field) -> Any:
   options = [each for each in typing.get_args(kind) if each is not type(None)]
   if type(None) in typing.get_args(kind) and len(options) == 1:
     (kind,) = options
+  if field.metadata.get('is_path'):
+    assert kind is str, field
+    return path_flags.DEFINE_path
   if kind not in kinds:
     raise TypeError(
       f'{field.name}: got a field of type {kind}, expected one of'

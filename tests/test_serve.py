@@ -120,6 +120,7 @@ def test_several_completions_of_a_prompt(model):
   assert re.search(r'decode .*\(6 tokens, ended by length', out)
 
 
+@pytest.mark.slow
 def test_a_prompt_with_a_system_prompt_is_a_chat(model):
   directory, _ = model
   code, out, err = _run(
@@ -447,6 +448,7 @@ def test_streams_that_outlast_the_drain_end_with_an_error(tmp_path):
 
 
 # XLA cannot be interrupted: a process that compiles ends without its clean-up.
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(('replicas', 'code'), [(1, 0), (0, 1)])
 def test_a_server_that_still_compiles_stops_at_once(
   model, tmp_path, replicas, code

@@ -1,13 +1,15 @@
 """The flags of serve.py: their defaults, the ways that heed them, the name."""
 
 import dataclasses
+import re
 
 from absl import flags
 import pytest
 
 from frozen import manifest as manifest_lib
-from inference import generate
+from inference import adapters, generate
 from inference.engine import engine_config
+from inference.server import server_config
 import serve
 from tests.helpers import commands, frozen_dirs
 
@@ -72,6 +74,34 @@ def test_every_flag_says_which_ways_heed_it(defined_flags):
     assert name in flags.FLAGS
     assert serve._heeded_by(name) == ways
   assert serve._HEEDED_BY.keys() <= set(flags.FLAGS)
+
+
+# Flags whose help speaks of files, and whose values are no single path.
+_NO_PATHS = {
+  'adapters': 'NAME=PATH, see `paths.named`',
+  'server.scorers': 'NAME=PATH, see `paths.named`',
+  'eval': 'KIND:FILE, see `evaluate.parsed`',
+  'config': 'an experiment or a file, see `subject.of`',
+  'name': 'a name',
+}
+
+
+def test_every_flag_with_a_path_replaces_the_home(defined_flags, monkeypatch):
+  monkeypatch.setenv('HOME', '/h')
+  found = []
+  for flag in flags.FLAGS.get_key_flags_for_module('serve'):
+    name = flag.name
+    if name in _NO_PATHS:
+      continue
+    is_text = isinstance(flag.parser, flags.ArgumentParser) and not flag.boolean
+    if is_text and re.search(r'[Dd]irectory|\b[Ff]ile\b|[Pp]ath', flag.help):
+      flag.parse('~/x')
+      assert flag.value == '/h/x', name
+      found.append(name)
+  assert {'model', 'engine.draft_model', 'server.models_root'} <= set(found)
+  assert adapters.parsed(['sql=~/x']) == {'sql': '/h/x'}
+  config = server_config.ServerConfig(scorers='a=~/x, b = ~/y')
+  assert config.scorer_directories == {'a': '/h/x', 'b': '/h/y'}
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def test_a_completion_is_of_its_grammar(model, tmp_path, flags, language):
   assert re.fullmatch(language, text) or set(text) == {'c'}
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
   ('flags', 'words'),
   [

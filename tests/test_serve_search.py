@@ -34,6 +34,7 @@ def _ask(model, *flags, prompt='abcd:'):
   return commands.run('serve.py', *fixed, '--max_tokens=6', *flags)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
   ('flags', 'words'),
   [

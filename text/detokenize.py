@@ -29,6 +29,13 @@ class StreamDecoder:
     self._is_start = not is_continued
     self._decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
 
+  def copy(self) -> 'StreamDecoder':
+    """Returns a decoder that continues from here, apart from this one."""
+    made = StreamDecoder(self._tokenizer, is_continued=self._is_continued)
+    made._is_start = self._is_start
+    made._decoder.setstate(self._decoder.getstate())
+    return made
+
   @property
   def is_whole(self) -> bool:
     """Whether the last token did not end inside a character."""

@@ -8,7 +8,7 @@ of each field.
 import dataclasses
 import math
 
-from checks import expect, flag_field
+from checks import expect, flag_field, paths
 from text.replies import detection, formats
 
 # A MiB of `[1,1,...]` is half a million numbers. Python runs nothing else while
@@ -66,6 +66,7 @@ class ServerConfig:
     'File of python -m training.effort, of the weights or an adapter that is'
     ' served: it chooses for requests with the reasoning_effort auto. If not'
     ' given, auto is refused.',
+    is_path=True,
   )
   scorers: str = flag_field.field(
     '',
@@ -88,6 +89,7 @@ class ServerConfig:
     '',
     'Directory of frozen directories that POST /admin/models may load. If not'
     ' given, it may load none.',
+    is_path=True,
   )
   audit_share: float = flag_field.field(
     0.01,
@@ -187,11 +189,11 @@ class ServerConfig:
     """
     found: dict[str, str] = {}
     for part in filter(None, self.scorers.split(',')):
-      name, _, directory = (each.strip() for each in part.partition('='))
-      if not (name.isprintable() and name and directory) or name in found:
+      name, directory = paths.named('server.scorers', part)
+      if name in found:
         raise ValueError(
-          f'server.scorers: got {expect.shown(part)}, expected NAME=DIR with'
-          ' commas between several, each name once'
+          f'server.scorers: got the name {expect.shown(name)} twice, expected'
+          ' different names; rename one'
         )
       found[name] = directory
     return found

@@ -62,6 +62,15 @@ def test_a_name_with_a_dollar_that_exists_is_taken(tmp_path):
   assert paths.expanded('--out', '~') == '/h'
 
 
+def test_a_named_path_is_replaced():
+  assert paths.named('--adapters', ' sql = ~/a') == ('sql', '/h/a')
+  for text in ('sql', '=a', 'sql=', 's\nql=a'):
+    with pytest.raises(ValueError, match='expected NAME=PATH with a printable'):
+      paths.named('--adapters', text)
+  with pytest.raises(ValueError, match=r'--adapters: got .* \$NONE to be set'):
+    paths.named('--adapters', 'sql=$NONE/a')
+
+
 def test_a_flag_holds_the_path():
   values = flags.FlagValues()
   path_flags.DEFINE_path('out', None, 'A file.', flag_values=values)

@@ -147,9 +147,9 @@ def test_wrong_adapters_are_refused(
 @pytest.mark.parametrize(
   ('texts', 'message'),
   [
-    (['one'], "got 'one', expected NAME=DIR"),
-    (['=d'], "got '=d', expected NAME=DIR"),
-    (['one='], "got 'one=', expected NAME=DIR"),
+    (['one'], "got 'one', expected NAME=PATH"),
+    (['=d'], "got '=d', expected NAME=PATH"),
+    (['one='], "got 'one=', expected NAME=PATH"),
     (['a@b=d'], 'without @'),
     (['a=d', 'a=e'], "got the name 'a' twice"),
   ],

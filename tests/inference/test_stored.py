@@ -156,6 +156,7 @@ def test_the_engine_answers_as_the_full_forward(scheme):
   np.testing.assert_allclose(forward.logprobs(ids, 30), recorded, atol=2e-3)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('native', ['auto', 'off'])
 @pytest.mark.parametrize('config', [_config(), _mixture()], ids=['mlp', 'moe'])
 def test_invariant_numerics_have_the_bits_of_the_full_forward(
@@ -233,6 +234,7 @@ def _step(config, dtype):
   return model, state, inputs
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('is_mixture', [False, True])
 @pytest.mark.parametrize('scheme', ['int8', 'int4', 'fp8', 'Q8_0'])
 def test_a_compiled_step_has_no_float_copy_of_a_kernel(scheme, is_mixture):
@@ -312,6 +314,7 @@ def test_adapters_compute_beside_kernels_in_fewer_bits(tmp_path):
   assert np.abs(adapted - bare).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_reward_model_in_fewer_bits_gives_the_rewards_of_its_floats(tmp_path):
   config = _config(num_layers=1, max_length=48)
   head = reward_head.init(config.model_width, jax.random.key(0))

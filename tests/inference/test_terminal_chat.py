@@ -238,6 +238,7 @@ def test_a_template_of_the_model_is_used(generator, monkeypatch):
   assert terminal_chat.render(generator, messages) == (ids, ())
 
 
+@pytest.mark.slow
 def test_an_open_model_gets_the_ids_of_its_template(tmp_path):
   template = (
     '{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}'

@@ -1,7 +1,7 @@
-"""Turns: a few requests begin in each turn of the event loop, probes at once.
+"""Turns: so many requests begin in a turn of the event loop, probes at once.
 
-Beginning a request takes 1 ms: routes, threads, the engine. When hundreds of
-clients ask at the same moment, a probe would wait until all have begun.
+Beginning a request takes up to 1 ms: routes, text, the engine. When hundreds of
+clients ask at the same moment, streams would wait until all have begun.
 """
 
 import asyncio
@@ -9,8 +9,10 @@ import collections
 
 from inference.server.access import api_keys
 
-# A probe needs several turns of the event loop: short turns, short waits.
-_PER_TURN = 2
+# Requests that begin together reach the engine together, and share its steps
+# from the first one on. Streams wait for a turn; probes of /health do not, they
+# have a process of their own (`doorkeeper`).
+PER_TURN = 32
 
 
 class Turns:
@@ -18,7 +20,7 @@ class Turns:
 
   def __init__(self, app):
     self._app = app
-    self._num_left = _PER_TURN  # in this turn
+    self._num_left = PER_TURN  # in this turn
     self._waiting: collections.deque[asyncio.Future] = collections.deque()
     self._is_refilling = False
 
@@ -39,12 +41,12 @@ class Turns:
       await self._waiting[-1]
 
   def _refill(self, loop: asyncio.AbstractEventLoop) -> None:
-    self._num_left = _PER_TURN
+    self._num_left = PER_TURN
     while self._num_left and self._waiting:
       waiting = self._waiting.popleft()
       if not waiting.done():  # not cancelled
         waiting.set_result(None)
         self._num_left -= 1
-    self._is_refilling = self._num_left < _PER_TURN
+    self._is_refilling = self._num_left < PER_TURN
     if self._is_refilling:
       loop.call_soon(self._refill, loop)

@@ -27,6 +27,7 @@ from hardware import compilation_cache, host_memory
 from inference.engine import engine_config
 from inference.engine.processes import leader as leader_lib, options
 from inference.server import engine_thread
+from inference.server.http import thread_priority
 from inference.server.replicas import values, version as version_lib
 from inference.server.versions import about, audit, memory
 from parallel import frames, processes, pulse
@@ -46,7 +47,9 @@ class Child:
     self._lock = threading.Lock()
     self._versions: dict[int, version_lib.Version] = {}
     self._calls = futures.ThreadPoolExecutor(_NUM_CALLS, 'call')
-    self.texts = futures.ThreadPoolExecutor(_NUM_TEXTS, 'text')
+    self.texts = futures.ThreadPoolExecutor(
+      _NUM_TEXTS, 'text', initializer=thread_priority.lower
+    )
     self._joining, self._leader = threading.Lock(), None
     self._is_ended = False  # by the server, in order
 

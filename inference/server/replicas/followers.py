@@ -31,6 +31,7 @@ _ROOT = pathlib.Path(__file__).parents[3]
 _MODULE = 'inference.server.replicas.followers'
 _USER_ERROR = 2  # exit code of serve.py: it would fail in the same way again
 _LONGEST_PAUSE = 60.0  # seconds
+_LOOK_SECONDS = 0.1  # between two looks for a signal, in a pause
 _STEADY_SECONDS = 60.0  # of life, after which an end is not a repeated one
 _MARGIN_SECONDS = 15.0  # that the server may take after its drain
 
@@ -89,7 +90,11 @@ def keep(
       code,
       pause,
     )
-    time.sleep(pause)
+    end = time.monotonic() + pause
+    while (left := end - time.monotonic()) > 0:
+      if stop.deadline is not None:
+        return code
+      time.sleep(min(left, _LOOK_SECONDS))
 
 
 def _follow_once(

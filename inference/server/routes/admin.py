@@ -58,7 +58,7 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
       body.check_whole()
       return loader.load_asked(body.path, body.name, kv_memory=body.kv_memory)
 
-    model = await service.bodies.worked(request, prepared)
+    model = await service.bodies.worked(request, prepared, may_block=True)
     # The check and the start are one step of the event loop: if two versions
     # are asked for at once, the second one counts the memory of the first.
     if loader is not None:

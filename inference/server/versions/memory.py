@@ -111,11 +111,9 @@ def plan(
     model, weights = placement.model, placement.num_bytes(params)
     places = placement.adapters
   backend = execution.choose(config, model, dtype, device.platform)
-  of_draft, draft_per_token = drafts.memory(
-    config, manifest, backend, device.platform
-  )
-  weights += of_draft
-  bytes_per_token = backend.bytes_per_token(model) + draft_per_token
+  drafting = drafts.memory(config, model, dtype, backend, device.platform)
+  weights += drafting.num_bytes(model.vocab_size)
+  bytes_per_token = backend.bytes_per_token(model) + drafting.bytes_per_token
   config = config.holding([])
   of_adapters = 0
   if config.max_adapters:

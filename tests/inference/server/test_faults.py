@@ -132,12 +132,14 @@ def test_probes_answer_while_the_engine_works(slow):
       'POST', f'{served.url}/v1/completions', json={**_LONG, 'stream': True}
     ) as answer,
   ):
-    next(answer.iter_bytes())
+    arriving = answer.iter_bytes()  # without this the stream would close
+    next(arriving)
     for _ in range(5):
       start = time.monotonic()
       assert httpx2.get(f'{served.url}/health').status_code == 200
       # Far less than the three seconds that the answer takes.
       assert time.monotonic() - start < 1
+    assert served.generator.engine.has_work
 
 
 def test_a_failed_engine_fails_what_is_open_and_is_unhealthy(slow, caplog):
@@ -297,13 +299,14 @@ def test_a_client_that_does_not_read_does_not_hold_the_server(
   assert 'Traceback' not in caplog.text
 
 
-def test_the_digest_is_compared_when_the_server_stops(
+def test_memory_is_said_at_start_and_the_digest_is_compared_at_the_end(
   generator, caplog, monkeypatch
 ):
   caplog.set_level(logging.INFO, logger='uvicorn.error')
   body = {'prompt': 'a', **servers.GREEDY}
   with servers.running(generator) as served:
     httpx2.post(f'{served.url}/v1/completions', json=body, timeout=30)
+  assert f's; {generator.memory_text()}' in caplog.text  # the memory, at start
   digest = generator.frozen.manifest.weights_digest
   assert f'weights {digest}: unchanged' in caplog.text
   monkeypatch.setattr(frozen_format, 'weights_digest', lambda _: 'other')

@@ -89,6 +89,7 @@ def recorded(generator, tmp_path_factory):
   return path, answers
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
   'name',
   ['plain', 'again', 'greedy', 'several', 'scored', 'stream', 'constrained'],
@@ -214,6 +215,7 @@ def test_a_wrong_page_is_found_by_the_replay(generator, frozen_dir, tmp_path):
   assert 'had part  attention was ' in out
 
 
+@pytest.mark.slow
 def test_invariant_numerics_replay_bit_for_bit(frozen_dir, tmp_path):
   config = dataclasses.replace(life_two.ENGINE, numerics='invariant')
   generator = generate.load(frozen_dir, config)

@@ -116,6 +116,7 @@ def test_a_system_message_behind_others_is_refused_if_it_is_dropped(generator):
     conversations.ask(drops, [_USER, system])
 
 
+@pytest.mark.slow
 def test_tools_of_an_unknown_format_are_refused(talker):
   unknown = _with(talker, '{{ messages[0].content }}{{ tools | tojson }}')
   with pytest.raises(errors.ApiError, match='reply_format') as refused:

@@ -244,6 +244,7 @@ def test_a_body_is_as_described_or_refused(generator, tmp_path):
       assert (answer.status_code == 200) == is_right, answer.text
 
 
+@pytest.mark.slow
 def test_a_chat_is_as_described_or_refused(generator, tmp_path):
   path, user = '/v1/chat/completions', {'role': 'user', 'content': 'a'}
   function = {'name': 'f', 'arguments': '{}'}

@@ -156,6 +156,23 @@ def test_long_texts_wait_for_each_other_and_nothing_else_waits(
   assert all(name.startswith('long-text') for name in started)
 
 
+def test_only_tiny_texts_need_no_thread(http, served, monkeypatch):
+  tokenizer, threads = served.generator.tokenizer, []
+
+  def encode_batch(texts):
+    threads.append(threading.current_thread().name)
+    return type(tokenizer).encode_batch(tokenizer, texts)
+
+  monkeypatch.setattr(tokenizer, 'encode_batch', encode_batch, raising=False)
+  for length in (10, 2_000, 100_000):
+    answer = http.post('/tokenize', json={'prompt': 'x' * length})
+    assert answer.status_code == 200
+  tiny, short, long = threads
+  assert 'text' not in tiny
+  assert short.startswith('text')
+  assert long.startswith('long-text')
+
+
 # A field, its JSON, and the most errors that pydantic may report.
 _WRONG = {
   'floats': b'{"prompt":[%s]}' % b','.join([b'1.5'] * 10**5),

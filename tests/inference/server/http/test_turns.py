@@ -39,12 +39,13 @@ def _begun(paths, leaves=()):
 
 
 def test_a_probe_does_not_wait_for_a_hundred_requests():
-  paths = [f'/{number}' for number in range(40)] + ['/health', '/ready']
+  most = turns.PER_TURN
+  paths = [f'/{number}' for number in range(20 * most)] + ['/health', '/ready']
   first, *_, last = _begun(paths)
   assert {'/health', '/ready'} < set(first)
-  assert len(first) == 4
+  assert len(first) == most + 2
   # The others begin first come first.
-  assert [each for each in last if each not in paths[-2:]] == paths[:40]
+  assert [each for each in last if each not in paths[-2:]] == paths[:-2]
 
 
 def test_requests_begin_at_once_while_few_ask():
@@ -52,9 +53,11 @@ def test_requests_begin_at_once_while_few_ask():
 
 
 def test_a_client_that_leaves_takes_no_turn():
-  paths = [f'/{number}' for number in range(12)]
-  after = _begun(paths, leaves=range(4, 8))
-  assert after[-1] == paths[:4] + paths[8:]
+  most = turns.PER_TURN
+  paths = [f'/{number}' for number in range(3 * most)]
+  after = _begun(paths, leaves=range(most, 2 * most))
+  assert after[0] == paths[:most]
+  assert after[-1] == paths[:most] + paths[2 * most :]
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='threads have priorities')

@@ -51,6 +51,7 @@ def _whole(generator, **fields):
   return choice
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('echo', [False, True])
 def test_a_token_with_text_has_it_at_its_offset(generator, echo):
   choice = _whole(generator, prompt='the cat', logprobs=2, echo=echo)

@@ -254,6 +254,7 @@ def talk(talker):
       yield client
 
 
+@pytest.mark.slow
 def test_reasoning_comes_first_and_the_grammar_after_it(talk):
   answer = talk.chat.completions.create(
     model=servers.MODEL,
@@ -298,6 +299,7 @@ def plain_talk(tmp_path_factory):
       yield client
 
 
+@pytest.mark.slow
 def test_strict_tools_of_the_openai_client(plain_talk):
   """The model wants another argument, and its grammar has none."""
   answer = plain_talk.chat.completions.create(

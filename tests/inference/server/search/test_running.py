@@ -150,6 +150,7 @@ def test_an_effort_that_limits_nothing_is_taken(ask):
   assert ask(reasoning_effort='none')['choices']
 
 
+@pytest.mark.slow
 def test_reasoning_is_capped_and_an_answer_follows(talker):
   with (
     servers.running(talker) as served,
