@@ -36,6 +36,7 @@ class Options:
     '',
     'gsm8k: file of the solved examples, in the format of the task. Needed with'
     ' num_fewshot.',
+    is_path=True,
   )
   max_tokens: int = flag_field.field(
     512,

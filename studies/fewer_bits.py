@@ -24,7 +24,7 @@ import sys
 
 from absl import app, flags
 
-from checks import path_flags
+from checks import path_flags, paths
 from evals import evaluate, options as options_lib
 from evals.results import report, scores, statistics
 from evals.tasks import task as task_lib
@@ -201,7 +201,10 @@ def main(argv: list[str]) -> None:
         raise ValueError(f'--{name}: got none, expected one at least')
     results = measure(
       pathlib.Path(values.original),
-      [pathlib.Path(place) for place in values.quantised],
+      [
+        pathlib.Path(paths.expanded('--quantised', place))
+        for place in values.quantised
+      ],
       values.tasks,
       options_lib.Options(limit=values.limit),
       workdir,

@@ -20,8 +20,9 @@ import time
 from absl import app, flags, logging
 import jax
 
+from checks import paths
 from evals import claims as claims_lib
-from storage import code_commit
+from storage import code_commit, locks
 from studies.common import study_flags
 from studies.papers import port, registry, table, verdicts
 
@@ -81,9 +82,7 @@ def parse_inputs(texts: Sequence[str]) -> dict[str, str]:
   """
   found = {}
   for text in texts:
-    name, equals, path = text.partition('=')
-    if not equals or not name:
-      raise ValueError(f'--inputs: got {text!r}, expected NAME=PATH')
+    name, path = paths.named('--inputs', text)
     if not pathlib.Path(path).is_file():
       raise ValueError(f'--inputs: got {text!r}, expected a file that exists')
     found[name] = path
@@ -123,7 +122,7 @@ def run(
     port.Stopped: a signal came.
   """
   known = registry.all_claims()
-  rows = table.read(known, path)
+  table.read(known, path)  # refused before anything is measured
   unknown = set(inputs) - {name for claim in known for name in claim.inputs}
   if unknown:
     raise ValueError(
@@ -144,9 +143,10 @@ def run(
     setting = port.Setting(
       seeds=range(count), workdir=workdir / claim.name, inputs=inputs
     )
-    rows[claim.name] = measure(claim, setting)
-    table.write(known, rows, path)
-    print('\n'.join(_told(claim, rows[claim.name])), flush=True)
+    found = measure(claim, setting)
+    # Read again: another process may have measured other claims meanwhile.
+    table.write(known, {**table.read(known, path), claim.name: found}, path)
+    print('\n'.join(_told(claim, found)), flush=True)
 
 
 def _told(claim: claims_lib.Claim, rows: Sequence[table.Row]) -> list[str]:
@@ -200,7 +200,7 @@ def main(argv: list[str]) -> int:
       is_all=argv[1:] == ['all'],
       seeds=study_flags.SEEDS.value,
     )
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, FileNotFoundError, locks.InUseError) as error:
     print(f'error: {error}')
     return 1
   except port.Stopped as stopped:

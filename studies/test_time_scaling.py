@@ -34,7 +34,7 @@ from data.problems import generator, problem as problem_lib
 from evals.results import pass_at_k
 from experiments import test_time_scaling as experiments
 from inference import generate
-from storage import atomic
+from storage import atomic, locks
 from studies.common import figure, quiet_run, study_flags
 from studies.think import (
   estimates,
@@ -435,7 +435,7 @@ def main(argv: list[str]) -> None:
         accuracy = pools[-1][size].is_right_QN.mean()
         print(f'{size}, seed {seed}: one sample {accuracy:.3f}', flush=True)
     print(report(pools, workdir, study_flags.FIGURE.value))
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, FileNotFoundError, locks.InUseError) as error:
     raise SystemExit(f'error: {error}') from None
 
 

@@ -29,7 +29,7 @@ from checks import path_flags
 from evals.results import pass_at_k
 from experiments import test_time_scaling as experiments
 from frozen import format as frozen_format
-from storage import atomic
+from storage import atomic, locks
 from studies import prices as prices_lib, test_time_scaling
 from studies.common import study_flags
 from studies.think import strategies
@@ -156,7 +156,7 @@ def main(argv: list[str]) -> None:
       curves[size] = strategies.curves(pool, ks)
       frozen = frozen_format.open_directory(workdir / f'{size}_0' / 'frozen')
       training[size] = frozen.manifest.training_flops
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, locks.InUseError) as error:
     raise SystemExit(f'error: {error}') from None
   bills = {
     target: {

@@ -33,7 +33,7 @@ from evals.results import calibration, recalibration, statistics
 from experiments import test_time_scaling as experiments
 from frozen import manifest as manifest_lib
 from inference import generate
-from storage import atomic, digests
+from storage import atomic, digests, locks
 from studies import test_time_scaling
 from studies.common import study_flags
 from studies.think import (
@@ -256,7 +256,7 @@ def main(argv: list[str]) -> None:
         numbers[size] = measured(pool, scores)
         print(table(numbers[size], f'{size} model, {len(pool.ids)} questions'))
       print(model_verifiers.NOTE)
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, FileNotFoundError, locks.InUseError) as error:
     raise SystemExit(f'error: {error}') from None
   atomic.write_text(workdir / RESULTS, json.dumps(numbers, indent=2) + '\n')
 

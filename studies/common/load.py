@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 from typing import Any
 
+from checks import paths
 from training import experiment as experiment_lib
 
 
@@ -19,6 +20,7 @@ def module(path: str, flag: str, example: str) -> Any:
     ValueError: there is no such file, or it cannot be run.
   """
   expected = f'expected a Python file, as {example}'
+  path = paths.expanded(flag, path)
   spec = importlib.util.spec_from_file_location('loaded_file', path)
   if not pathlib.Path(path).is_file() or spec is None or spec.loader is None:
     raise ValueError(f'{flag}: got {path!r}, {expected}')

@@ -35,8 +35,8 @@ _HEAD = (
   ' *Reproduced*: all of it is in the\n'
   'range; *not reproduced*: all of it is outside; *inconclusive*: the rest. The'
   ' reason of each range is below.\n'
-  'Seconds are of the whole claim, on a machine that may have done other'
-  ' things.\n\n'
+  'Seconds are of the last start of a claim, on a machine that may have done'
+  ' other things: one that was resumed took longer.\n\n'
 )
 _NUMBER = r'-?\d+(?:\.\d+)?(?:e[+-]?\d+)?'
 _MEASURED = re.compile(

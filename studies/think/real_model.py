@@ -188,7 +188,8 @@ def rows(pool: pool_lib.Pool) -> list[dict]:
           'high': high,
           'samples': num,
           'sampled tokens': num * tokens,
-          'discarded tokens': (num - 1) * tokens,
+          # Random orders of samples: of one, `num` is 1 up to their noise.
+          'discarded tokens': max(num - 1, 0.0) * tokens,
           'flops': flops,
           'times one answer': flops / float(curve.flops_KQ[0].mean()),
         }

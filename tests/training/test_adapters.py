@@ -159,6 +159,7 @@ def test_layers_apart_train_as_stacked_ones_do(base):
     )
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('kind', ['lora', 'dora'])
 def test_the_first_step_has_the_loss_of_the_base_bit_for_bit(base, kind, dtype):
@@ -179,6 +180,7 @@ RULES = {
 }
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('rule', RULES)
 def test_only_adapters_are_state_and_all_of_them_move(base, rule):
   optimizer = chain.OptimizerConfig(

@@ -103,6 +103,7 @@ def test_the_reference_is_by_default_the_first_weights(reference):
   np.testing.assert_allclose(found['ref_logprobs'], expected_BT, atol=2e-5)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
   'options',
   [
@@ -129,6 +130,7 @@ def test_parts_and_devices_change_nothing(options):
   assert np.abs(found[0]).max() > 1
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('num_microbatches', [1, 2, 8])
 def test_the_ratio_of_a_first_step_is_exactly_1(num_microbatches):
   objective = _objective()

@@ -31,6 +31,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import IO
 
 from storage import file_names, json_lines
@@ -40,6 +41,7 @@ from training.lifecycle import exit_codes
 PARENT = 'TWO_LIVES_SUPERVISOR'
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
+_LOOK_S = 0.1  # between two looks for a signal, in a pause
 _MOST_ALIKE = 2  # attempts that die after the same step
 _MOST_ALIKE_OUTSIDE = 3  # if the cause may lie outside
 _TAIL_BYTES = 16_384  # of stderr, kept for the diagnosis
@@ -152,7 +154,6 @@ class Supervisor:
     self._say = say
     self._child: subprocess.Popen[bytes] | None = None
     self._asked: int | None = None  # signal that asked to stop
-    self._wake = threading.Event()
 
   def run(self) -> int:
     """Runs the child to its end; returns the exit code.
@@ -208,7 +209,11 @@ class Supervisor:
       f'supervisor: died of {deaths[-1].cause} after step {deaths[-1].step};'
       f' restart {len(deaths)} of {self._max_restarts} in {seconds:.0f} s'
     )
-    self._wake.wait(seconds)
+    # No lock or event: a signal handler that sets an event waits forever if it
+    # interrupts the thread while that thread holds the lock of the event.
+    end = time.monotonic() + seconds
+    while self._asked is None and (left := end - time.monotonic()) > 0:
+      time.sleep(min(left, _LOOK_S))
     return self._asked is None
 
   def _attempt(self) -> tuple[int, str]:
@@ -235,7 +240,6 @@ class Supervisor:
   def _pass_on(self, number, frame) -> None:
     del frame
     self._asked = number
-    self._wake.set()
     if self._child is not None:
       self._child.send_signal(number)
 

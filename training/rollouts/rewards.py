@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import logging
 
-from checks import expect
+from checks import expect, paths
 from evals import endpoint, judges, ports
 from evals.verifiers import verifier as verifier_lib
 from training.rollouts.dialogues import episodes as episodes_lib
@@ -130,7 +130,8 @@ class RewardModel:
     self, open_scorer: Callable[[str], judges.ScoreFn]
   ) -> 'RewardModel':
     """Returns the reward model with a scoring function, which loads weights."""
-    return dataclasses.replace(self, score=open_scorer(self.path))
+    path = paths.expanded('rewards.RewardModel', self.path)
+    return dataclasses.replace(self, score=open_scorer(path))
 
   def __call__(self, episodes: _Episodes) -> Rewards:
     """Returns the reward of each answer to its prompt."""

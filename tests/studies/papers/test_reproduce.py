@@ -79,6 +79,26 @@ def test_a_run_replaces_its_rows_and_keeps_the_others(tmp_path, capsys):
   assert '3 votes: 0.645625, published .6456' in capsys.readouterr().out
 
 
+def test_two_processes_keep_the_rows_of_each_other(tmp_path, monkeypatch):
+  path = tmp_path / 'RESULTS.md'
+  known = registry.all_claims()
+  voting, other = (
+    next(claim for claim in CHEAP if claim.name == name)
+    for name in ('voting', 'kl_estimators')
+  )
+  real = reproduce.measure
+
+  def measured(claim, found):
+    # Another process writes its row while this one measures.
+    rows = real(other, setting(other, tmp_path))
+    table.write(known, {other.name: rows}, path)
+    return real(claim, found)
+
+  monkeypatch.setattr(reproduce, 'measure', measured)
+  reproduce.run([voting], {}, tmp_path, is_all=False, path=path)
+  assert set(table.read(known, path)) == {voting.name, other.name}
+
+
 def test_a_claim_without_its_file_is_left_out_or_refused(tmp_path, capsys):
   (refit,) = registry.chosen(['chinchilla_refit'], '')
   path = tmp_path / 'RESULTS.md'

@@ -135,6 +135,7 @@ def test_finished_runs_are_not_repeated(corpus, measured, capsys, monkeypatch):
   assert 'is past step 3' in said
 
 
+@pytest.mark.slow
 def test_a_run_of_other_values_is_refused(corpus, measured):
   workdir, points = measured
   (runs,) = _grid(corpus, (6,)).runs.values()

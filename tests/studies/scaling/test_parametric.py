@@ -54,6 +54,7 @@ def test_both_methods_agree_on_little_noise():
     assert a[name] == pytest.approx(b[name], rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_one_outlier_moves_the_huber_fit_less():
   points = grid(noise=1e-4)
   losses = points.losses.copy()

@@ -105,6 +105,7 @@ def test_a_run_that_goes_on_keeps_its_lineage(corpus, tmp_path):
   assert again['lineage'] == recorded['lineage'] != {}
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
   'parallel',
   [

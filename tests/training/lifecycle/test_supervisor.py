@@ -267,6 +267,50 @@ def test_a_signal_between_attempts_ends_it(tmp_path):
     assert process.wait(timeout=30) == 143
 
 
+# Sends SIGTERM before the n-th line that Python runs in the pause.
+AT_EACH_LINE = """
+import pathlib, signal, sys
+from training.lifecycle import supervisor
+
+supervisor._LOOK_S = 0.001
+
+def at_line(number):
+  def trace(frame, event, arg):
+    nonlocal number
+    number -= event == 'line'
+    if number == 0:
+      sys.settrace(None)
+      signal.raise_signal(signal.SIGTERM)
+    return trace
+  def say(text):
+    assert 'restart 1 of 5' in text
+    sys.settrace(trace)
+    sys._getframe(1).f_trace = trace  # `settrace` is for new frames
+  return say
+
+for number in range(1, 41):
+  code = supervisor.Supervisor(
+    [sys.executable, '-ESsc', 'raise SystemExit(70)'],
+    pathlib.Path(sys.argv[1]), max_restarts=5, first_pause_s=60,
+    say=at_line(number),
+  ).run()
+  assert code == 143, code
+print('ended')
+"""
+
+
+def test_a_signal_ends_a_pause_at_every_line(tmp_path):
+  ended = subprocess.run(
+    [sys.executable, '-c', AT_EACH_LINE, tmp_path],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert ended.stdout == 'ended\n', ended.stderr
+
+
 @pytest.mark.skipif(sys.platform != 'linux', reason='asks the kernel for it')
 def test_a_killed_supervisor_takes_its_child_along(tmp_path):
   orphan = f"""

@@ -147,6 +147,7 @@ def _batch():
   return batch | {'weights': np.float32(batch['weights'] * share_BT)}
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('divergence', DIVERGENCES)
 @pytest.mark.parametrize(
   'options',
@@ -200,6 +201,7 @@ def test_the_loss_is_that_of_all_tokens_of_the_vocabulary(
   assert agreement.weight == np.sum(weights > 0)
 
 
+@pytest.mark.slow
 def test_the_gradient_has_one_size_at_every_temperature(models):
   """Hinton, section 2.1, in the limit of a high temperature."""
   (model, params), teacher = models

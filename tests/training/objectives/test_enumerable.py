@@ -201,6 +201,7 @@ def test_the_policy_term_is_the_gradient_of_the_expected_reward(baseline, clip):
   _assert_same(got, (-(expected_reward(params) - baseline), expected))
 
 
+@pytest.mark.slow
 def test_the_imitation_term_is_a_cross_entropy():
   params, texts = _params(0), _texts()
   data_B = jnp.asarray(_weights() / _weights().sum())
@@ -234,6 +235,7 @@ def _divergence(params, ref_params, texts, is_forward=False):
   return jnp.sum(share_BT * each_BT * texts['weights']) / T
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
   ('estimator', 'is_exact'),
   [('k1', True), ('k2', False), ('k3_unbiased', True), ('full', True)],

@@ -247,6 +247,7 @@ def test_with_a_reference_every_way_across_devices_trains_the_same(
     )
 
 
+@pytest.mark.slow
 def test_micro_batches_of_preferences_add_up(reference):
   expected, _, _ = _dpo_on_one_device(reference)
   losses, _, _ = _train(Dpo(reference=reference), {}, 1, num_microbatches=2)

@@ -254,6 +254,7 @@ def _on_one_device():
   return _train({}, 1)
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns_its_pairs():
   metrics, sums, params = _on_one_device()
   assert metrics[-1]['loss'] < metrics[0]['loss']

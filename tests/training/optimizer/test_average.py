@@ -209,6 +209,7 @@ def test_the_average_is_evaluated_saved_and_frozen(whole_run):
     _assert_same(frozen_format.read(out).params, expected)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_judged_by_what_would_be_frozen(whole_run):
   workdir, _ = whole_run
   evals = [r for r in metrics.read(workdir) if r['kind'] == 'eval']

@@ -57,6 +57,7 @@ def _first_updates(grads, params=None, *, model=MODEL, **fields):
   )
 
 
+@pytest.mark.fast_cases(4)
 @every_optimizer
 def test_decay_is_the_rate_times_the_weight_in_every_group(name):
   """AdamW, line 12 of algorithm 2; whatever the multipliers of groups are."""

@@ -133,6 +133,7 @@ def test_the_norm_is_that_of_the_trained_gradients():
   )
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('name', RULES)
 def test_spikes_are_judged_without_what_is_frozen(name):
   """Also where the optimizer is given all gradients, as optax does."""
@@ -169,6 +170,7 @@ _MIXTURE = transformer.Transformer(
 )
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('mask', param_groups.DECAY_MASKS)
 @pytest.mark.parametrize('name', RULES)
 def test_routing_corrections_are_state_that_no_step_changes(name, mask):

@@ -134,6 +134,7 @@ def test_the_table_has_every_optimizer():
   )
 
 
+@pytest.mark.fast_cases(2)
 @every_optimizer
 def test_steps_move_every_parameter_that_is_not_frozen(row):
   state = _run(row)
@@ -210,6 +211,7 @@ _FAST = {(row, False) for row in ('adamw', 'lion', 'schedule_free')} | {
 }
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
   ('row', 'parallel'),
   [
@@ -263,6 +265,7 @@ def test_a_step_on_a_mesh_is_that_on_one_device(row, parallel):
   )
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('row', ['muon', 'adafactor', 'schedule_free'])
 def test_replicas_take_the_same_step(row):
   abstract = jax.eval_shape(functools.partial(_init, row))
@@ -315,6 +318,7 @@ def _share_of_one_device(tree):
   return on_device / _num_bytes(tree)
 
 
+@pytest.mark.fast_cases(2)
 @every_optimizer
 def test_a_restored_run_goes_on_bit_for_bit(row, tmp_path):
   checkpoints = checkpoint.Checkpoints(tmp_path, experiment.CheckpointConfig())

@@ -207,6 +207,7 @@ _SLOW = [
 ]
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize('first', [10.0, 0.1], ids=['down', 'up'])
 @pytest.mark.parametrize('rule', _SLOW, ids=str)
 def test_bfloat16_moments_reach_a_new_level(rule, first):
@@ -269,6 +270,7 @@ _STACK_FIELDS = {
 }
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('is_staged', [False, True])
 @pytest.mark.parametrize('name', _STACK_FIELDS)
 def test_a_stack_is_treated_as_its_matrices_one_by_one(name, is_staged):

@@ -55,6 +55,7 @@ def test_with_fast_numerics_it_is_not(tmp_path):
   assert max(gaps) > 0
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('model', _MODELS)
 def test_loss_and_gradient_are_those_of_plain_execution(model):
   config = dataclasses.replace(_MODELS[model], spare_ids=((260, 264),))
@@ -100,6 +101,8 @@ def test_loss_and_gradient_are_those_of_plain_execution(model):
 def test_a_trainer_with_other_bits_is_refused(
   tmp_path, field, changes, message
 ):
+  if field == 'execution':
+    pytest.importorskip('qwix', reason='requirements-quant.txt')
   made = rollout_run.experiment(tmp_path, {'numerics': 'invariant'})
   made = dataclasses.replace(
     made, **{field: dataclasses.replace(getattr(made, field), **changes)}

@@ -139,6 +139,7 @@ def test_no_gradient_crosses_from_one_document_to_another(tmp_path, params):
     assert table[own].any(axis=1).all()
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('packing', PACKINGS)
 @pytest.mark.parametrize('row_length', [160, 320])
 def test_packing_changes_no_loss_and_no_gradient(

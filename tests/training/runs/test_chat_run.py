@@ -126,6 +126,7 @@ def test_a_run_that_goes_on_needs_its_base_no_longer(places, tmp_path):
   assert frozen.generation == chat_run.GENERATION
 
 
+@pytest.mark.slow
 def test_a_stop_token_that_no_server_knows_is_added_to_the_settings(
   places, tmp_path
 ):

@@ -270,6 +270,7 @@ def test_accumulation(kind, microbatches):
   _check(kind, num_devices=1, microbatches=microbatches)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
   'options',
   [
@@ -291,6 +292,7 @@ def test_answers_alone_are_trained_the_same(options):
   _assert_same(losses, _expected_of_answers())
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('remat', ['minimal', 'full'])
 def test_rematerialisation(kind, remat):
@@ -305,6 +307,7 @@ def test_layers_apart(kind):
   _assert_same(_losses(learner), _expected(model))
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('loss', ['plain', 'chunked'])
 def test_chunked_and_plain_loss(kind, loss, monkeypatch):

@@ -93,6 +93,7 @@ def test_padding_counts_in_positions_and_in_nothing_else(corpus, tmp_path):
   assert 'with padding' in printed
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_left_alone(corpus, uninterrupted, monkeypatch):
   workdir, _, _ = uninterrupted
   recorded = (workdir / 'run.json').read_bytes()
@@ -276,6 +277,7 @@ def test_a_workdir_of_another_experiment_is_refused(
   assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*')} == before
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_to_start_can_be_corrected(corpus, tmp_path):
   small = tiny_models.llama_like(vocab_size=200, num_layers=1)
   with pytest.raises(ValueError, match=r'model.vocab_size: got 200'):

@@ -59,6 +59,7 @@ def _shuffled(batch, order):
   return {name: x[:, order] for name, x in batch.items()}
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize('is_shuffled', [False, True])
 @pytest.mark.parametrize(
   ('discount', 'decay'), [(1.0, 1.0), (1.0, 0.95), (0.9, 0.5), (0.9, 0.0)]
