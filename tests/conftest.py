@@ -24,7 +24,7 @@ from absl import flags
 import pytest
 
 from hardware import compilation_cache
-from tests.helpers import compiled_programs
+from tests.helpers import compiled_programs, tiers
 
 NUM_FAKE_DEVICES = 8
 # Tests compile far more than they compute. Without LLVM's optimisation the
@@ -146,8 +146,14 @@ def _resident_bytes() -> float:
   return pages * os.sysconf('SC_PAGE_SIZE')
 
 
+# First: pytest leaves out what -m does not name when it is asked in turn.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-  """Puts files first that took longest before: no worker ends long after."""
+  """Marks further cases; puts files first that took longest before.
+
+  So no worker ends long after the others.
+  """
+  tiers.mark_further_cases(items)
   seconds = _seconds_before(config)
   items.sort(key=lambda item: -seconds.get(_file(item.nodeid), 0.0))
 

@@ -53,6 +53,7 @@ def test_lengths_are_mixed_and_within_bounds():
   assert jobs == serving_throughput.mixed_jobs(200, 61, least=16, most=256)
 
 
+@pytest.mark.slow
 def test_every_way_serves_the_trace():
   result = serving_throughput.run(_workload(), with_peer=False, rounds=1)
   assert set(result['tokens_per_s']) == {'serial', 'static', 'continuous'}
@@ -85,6 +86,7 @@ def test_rows_of_the_final_length_are_half_empty_where_nothing_is_prompt():
   assert serving_throughput.final_length_waste([job]) == 0.25
 
 
+@pytest.mark.slow
 def test_prefixes_and_arrivals_are_measured():
   model = tiny_models.llama_like(
     num_layers=1, scan_layers=False, max_length=256

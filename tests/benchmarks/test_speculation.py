@@ -50,6 +50,7 @@ def test_a_trace_of_questions_needs_questions(args):
     next(speculation.measure(args))
 
 
+@pytest.mark.slow
 def test_other_tokens_are_an_error(args, monkeypatch):
   calls = iter(range(100))
   of = speculation.answer

@@ -91,6 +91,7 @@ def test_the_digest_follows_the_values_and_the_base(base, written, tmp_path):
   assert other.adapter_digest != manifest.adapter_digest
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('dora', [False, True])
 @pytest.mark.parametrize('form', ['float', 'int4'])
 def test_a_merged_directory_is_another_one_with_the_same_function(

@@ -47,6 +47,7 @@ def copy(original, tmp_path):
   return shutil.copytree(original, tmp_path / 'copy')
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize('kind', ['separate', 'stacked', 'experts'])
 @pytest.mark.parametrize('scheme', [*rounding.SCHEMES, 'ordered', 'Q8_0'])
 def test_round_trip(tmp_path, scheme, kind):

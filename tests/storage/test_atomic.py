@@ -223,6 +223,7 @@ _KILL = textwrap.dedent(
 )
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('kind', sorted(WRITE))
 def test_a_kill_before_any_step_leaves_old_or_new(tmp_path, kind):
   if kind == 'directory' and not _can_exchange(tmp_path):

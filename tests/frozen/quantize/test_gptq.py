@@ -42,6 +42,7 @@ def _optimal_brain(w_IO, second_II, scale_I, largest):
   return result
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize('rows', [16, 200])
 def test_rounds_as_optimal_brain_quantisation_does(rows):
   # 200 inputs are more than one block, and no multiple of it.
@@ -65,6 +66,7 @@ def test_rounds_as_optimal_brain_quantisation_does(rows):
   )
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize('scheme', sorted(rounding.SCHEMES))
 @pytest.mark.parametrize('seed', [0, 1])
 def test_is_better_than_rounding_to_nearest_on_correlated_inputs(scheme, seed):

@@ -53,6 +53,7 @@ def _kernels(params):
   }
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize('method', quantizing.METHODS)
 @pytest.mark.parametrize(
   'fields',
@@ -178,6 +179,7 @@ def test_a_directory_that_is_quantised_already_is_refused(tmp_path, text):
   assert not (tmp_path / 'again').exists()
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_says_which_were_only_rounded(tmp_path, text):
   config = _config(**_MIXTURE, num_layers=1, scan_layers=False)
   frozen_dirs.write(tmp_path / 'float', config=config)

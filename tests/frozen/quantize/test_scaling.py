@@ -46,6 +46,7 @@ def _folded(config, dtype, method):
   return block, layer, batches, moments, folded, moved
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize('method', ['awq', 'smoothquant'])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('name', sorted(_CONFIGS))

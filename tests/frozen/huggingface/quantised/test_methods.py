@@ -117,6 +117,7 @@ def test_matrices_are_the_numbers_that_were_packed(checkpoint):
     np.testing.assert_array_equal(read[name], expected, err_msg=name)
 
 
+@pytest.mark.fast_cases(6)
 def test_kept_matrices_are_the_same_numbers_and_have_the_same_logits(
   checkpoint,
 ):
@@ -234,6 +235,7 @@ def _check_experts(kept, floats, *, names=('gate', 'up', 'down')):
       )
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize(
   'case',
   ['gptq', 'gptq act-order', 'awq', 'fp8 blocks', 'exponents', 'fp8 matrices'],
