@@ -34,7 +34,10 @@ FEW_ROWS = 'linear/native/few_rows.cc'  # the product of few rows with floats
 PAGES = 'attention/kernels/paged_cpu.cc'  # attention over pages
 _COMMON = 'native/parts.h', 'native/simd.h'
 _HEADERS = {
-  STORED: (*_COMMON, 'linear/native/formats.h', 'linear/native/scales.h'),
+  STORED: (
+    *_COMMON,
+    *(f'linear/native/{name}.h' for name in ('floats8', 'formats', 'scales')),
+  ),
   FEW_ROWS: _COMMON,
   PAGES: _COMMON,
 }

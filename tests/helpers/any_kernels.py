@@ -8,6 +8,7 @@ import numpy as np
 from models.linear.stored import (
   block_kinds,
   blocks as blocks_lib,
+  kernel as kernel_lib,
   round as rounding,
 )
 from tests.helpers.open_weights import stored_params
@@ -19,8 +20,8 @@ SCALES = {
   'Q5_K': (0, 2), 'Q6_K': (208,), 'IQ4_XS': (0,),
 }  # fmt: skip
 SCHEMES = (
-  'int8', 'int8-g32', 'int4', 'uint4', 'nf4', 'mxfp4', 'nvfp4', 'ordered',
-  'tiles',
+  'int8', 'int8-g32', 'int4', 'uint4', 'nf4', 'fp8', 'mxfp4', 'nvfp4',
+  'ordered', 'tiles',
 )  # fmt: skip
 
 
@@ -33,6 +34,13 @@ def block_bytes(kind: str, columns: int, num_blocks: int) -> np.ndarray:
     scales = rng.normal(size=(columns, num_blocks, 1)).astype(np.float16)
     data[..., at : at + 2] = scales.view(np.uint8)
   return data.reshape(columns, -1)
+
+
+def narrow(rows: int, columns: int) -> kernel_lib.Kernel:
+  """Returns int8 with a scale per 8 inputs, which native code refuses."""
+  found = kernel('int8', rows, columns)
+  found.tile, found.scales = (1, 8), jnp.ones((columns, -(-rows // 8)))
+  return found
 
 
 def kernel(name: str, rows: int, columns: int) -> Any:

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "floats8.h"
 #include "simd.h"
 
 namespace two_lives {
@@ -51,11 +52,18 @@ enum class Tiles {
   kAny,       // tiles of 16, 48... inputs; with minima or without
 };
 
+enum class Values {
+  kSigned,  // a byte each
+  kE4m3,    // the same
+  kPacked,  // two per byte
+};
+
 // Packed codes are decoded as they lie: the first vector has the low bits of 16
 // bytes, which are the even inputs, and the second the high bits, the odd ones.
 // The inputs are ordered in the same way before the product: `OrderPacked`.
-template <bool kIsPacked, Tiles kTiles>
+template <Values kValues, Tiles kTiles>
 struct Apart {
+  static constexpr bool kIsPacked = kValues == Values::kPacked;
   static constexpr bool kHasRest = true;  // rows may have any length
   static constexpr bool kIsEvenOdd = kIsPacked;
   static constexpr int kPieces = kTiles == Tiles::kFour ? 4 : 1;
@@ -124,8 +132,10 @@ struct Apart {
       LookUpBoth(LoadCodes(data), b.table, &w.first, &w.second);
       return kTiles == Tiles::kAny ? Scaled(b, w) : w;
     }
-    return Scaled(b, {OfSigned(LoadCodes(data)),
-                      OfSigned(LoadCodes(data + kLanes))});
+    const Codes first = LoadCodes(data), second = LoadCodes(data + kLanes);
+    if constexpr (kValues == Values::kE4m3)
+      return Scaled(b, {OfE4m3(first), OfE4m3(second)});
+    return Scaled(b, {OfSigned(first), OfSigned(second)});
   }
 };
 
@@ -259,6 +269,75 @@ struct SixBits {
       scales[4 + i] = scale * ((rest & 15) | (first >> 2 & 48));
       minima[4 + i] = -(minimum * (rest >> 4 | (second >> 2 & 48)));
     }
+  }
+};
+
+// Scales of parts of 16 weights, which differ in a piece.
+struct Q2_K {
+  static constexpr bool kHasRest = false, kIsEvenOdd = false;
+  static constexpr int kPieces = 8, kBytes = 84;
+  struct Block {
+    const uint8_t* data;
+    float scale, minimum;
+  };
+  static TWO_LIVES_INLINE Block At(const Matrix& m, int64_t row, int64_t block) {
+    const uint8_t* data = m.data + row * m.row_bytes + block * kBytes;
+    return {data, OfHalf(data + 80), OfHalf(data + 82)};
+  }
+  static TWO_LIVES_INLINE Vec Half(const Block& b, int piece, int half) {
+    const Codes bytes = LoadCodes(b.data + 16 + piece / 4 * 32 + 16 * half);
+    const int packed = b.data[2 * piece + half];
+    return MulAdd(OfUnsigned(bytes >> (piece % 4 * 2) & 3),
+                  Set(b.scale * (packed & 15)), Set(-(b.minimum * (packed >> 4))));
+  }
+  static TWO_LIVES_INLINE Weights Piece(const Block& b, int piece) {
+    return {Half(b, piece, 0), Half(b, piece, 1)};
+  }
+};
+
+struct Q3_K {
+  static constexpr bool kHasRest = false, kIsEvenOdd = false;
+  static constexpr int kPieces = 8, kBytes = 110;
+  struct Block {
+    const uint8_t* data;
+    float scale;
+  };
+  static TWO_LIVES_INLINE Block At(const Matrix& m, int64_t row, int64_t block) {
+    const uint8_t* data = m.data + row * m.row_bytes + block * kBytes;
+    return {data, OfHalf(data + 108)};
+  }
+  static TWO_LIVES_INLINE Vec Half(const Block& b, int piece, int half) {
+    const Codes low = LoadCodes(b.data + 32 + piece / 4 * 32 + 16 * half);
+    const Codes third = LoadCodes(b.data + 16 * half);
+    const Codes codes = (low >> (piece % 4 * 2) & 3) | (third >> piece & 1) << 2;
+    // A scale has its low four bits in one place, and its high two in another.
+    const int part = 2 * piece + half;
+    const int scale = (b.data[96 + part % 8] >> (part / 8 * 4) & 15) |
+                      (b.data[104 + part % 4] >> (part / 4 * 2) & 3) << 4;
+    return Mul(OfSigned(codes - 4), Set(b.scale * (scale - 32)));
+  }
+  static TWO_LIVES_INLINE Weights Piece(const Block& b, int piece) {
+    return {Half(b, piece, 0), Half(b, piece, 1)};
+  }
+};
+
+struct IQ4_XS {
+  static constexpr bool kHasRest = false, kIsEvenOdd = false;
+  static constexpr int kPieces = 8, kBytes = 136;
+  struct Block {
+    const uint8_t* data;
+    float scale;
+    const float* book;
+  };
+  static TWO_LIVES_INLINE Block At(const Matrix& m, int64_t row, int64_t block) {
+    const uint8_t* data = m.data + row * m.row_bytes + block * kBytes;
+    return {data, OfHalf(data), m.book};
+  }
+  static TWO_LIVES_INLINE Weights Piece(const Block& b, int piece) {
+    const int scale = (b.data[4 + piece / 2] >> (piece % 2 * 4) & 15) |
+                      (b.data[2 + piece / 4] >> (piece % 4 * 2) & 3) << 4;
+    return OfNibbles(LoadCodes(b.data + 8 + 16 * piece),
+                     Mul(Load(b.book), Set(b.scale * (scale - 32))));
   }
 };
 

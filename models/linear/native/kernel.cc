@@ -203,31 +203,33 @@ void MultiplyPart(const Product& given, int64_t begin, int64_t end) {
 
 typedef void (*Part)(const Product&, int64_t, int64_t);
 
-constexpr int64_t kBytes = 0, kNibbles = 1;  // as in product.py
+constexpr int64_t kBytes = 0, kNibbles = 1, kFloats8 = 2;  // as in product.py
 
-template <bool kIsPacked>
+template <Values kValues>
 Part PartOfApart(const Matrix& m) {
   if (m.tiles_in > 1 && m.tile_in % kPiece)
-    return MultiplyPart<Apart<kIsPacked, Tiles::kAny>>;
-  if constexpr (kIsPacked) {
+    return MultiplyPart<Apart<kValues, Tiles::kAny>>;
+  if constexpr (kValues == Values::kPacked) {
     if (m.tiles_in == 1 || m.tile_in % (4 * kPiece) == 0)
-      return MultiplyPart<Apart<kIsPacked, Tiles::kFour>>;
+      return MultiplyPart<Apart<kValues, Tiles::kFour>>;
   } else if (m.mins) {
-    return MultiplyPart<Apart<kIsPacked, Tiles::kWithMins>>;
+    return MultiplyPart<Apart<kValues, Tiles::kWithMins>>;
   }
-  return MultiplyPart<Apart<kIsPacked, Tiles::kWhole>>;
+  return MultiplyPart<Apart<kValues, Tiles::kWhole>>;
 }
 
-// Of a form by its number: _BYTES, _NIBBLES and `_BLOCKS` of product.py.
+// Of a form by its number: the first numbers and `_BLOCKS` of product.py.
 Part PartOf(int64_t form, const Matrix& matrix) {
   static constexpr Part kParts[] = {
-      MultiplyPart<Q8_0>, MultiplyPart<Q4_0>,   MultiplyPart<Q4_1>,
-      MultiplyPart<Q5_0>, MultiplyPart<Q5_1>,   MultiplyPart<IQ4_NL>,
-      MultiplyPart<Q4_K>, MultiplyPart<Q5_K>,   MultiplyPart<Q6_K>,
+      MultiplyPart<Q8_0>, MultiplyPart<Q4_0>, MultiplyPart<Q4_1>,
+      MultiplyPart<Q5_0>, MultiplyPart<Q5_1>, MultiplyPart<IQ4_NL>,
+      MultiplyPart<Q2_K>, MultiplyPart<Q3_K>, MultiplyPart<Q4_K>,
+      MultiplyPart<Q5_K>, MultiplyPart<Q6_K>, MultiplyPart<IQ4_XS>,
   };
-  if (form == kBytes) return PartOfApart<false>(matrix);
-  if (form == kNibbles) return PartOfApart<true>(matrix);
-  const int64_t index = form - kNibbles - 1, size = std::size(kParts);
+  if (form == kBytes) return PartOfApart<Values::kSigned>(matrix);
+  if (form == kNibbles) return PartOfApart<Values::kPacked>(matrix);
+  if (form == kFloats8) return PartOfApart<Values::kE4m3>(matrix);
+  const int64_t index = form - kFloats8 - 1, size = std::size(kParts);
   return index >= 0 && index < size ? kParts[index] : nullptr;
 }
 

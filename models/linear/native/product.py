@@ -23,21 +23,25 @@ from models.linear.stored import (
 )
 
 # Numbers of the forms, as in `PartOf` of kernel.cc.
-_BYTES, _NIBBLES = 0, 1
+_NIBBLES = 1
+_VALUES = {'int8': 0, 'fp8': 2}  # a byte each; all others are _NIBBLES
 _BLOCKS = {
   name: number
   for number, name in enumerate(
-    ('Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'IQ4_NL', 'Q4_K', 'Q5_K', 'Q6_K'),
-    start=2,
+    (
+      'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'IQ4_NL',
+      'Q2_K', 'Q3_K', 'Q4_K', 'Q5_K', 'Q6_K', 'IQ4_XS',
+    ),
+    start=3,
   )
-}
+}  # fmt: skip
 # The numbers of the 16 codes of a form.
 _BOOKS = {
   'uint4': tuple(float(code) for code in range(16)),
   'int4': tuple(float((code ^ 8) - 8) for code in range(16)),
   'nf4': packing.NF4,
   'fp4': packing.FP4,
-  'IQ4_NL': tuple(map(float, super_blocks.BOOK)),
+  **dict.fromkeys(('IQ4_NL', 'IQ4_XS'), tuple(map(float, super_blocks.BOOK))),
 }
 _LANES = 16  # weights of a group that shares one scale
 _DTYPES = 'float32', 'bfloat16', 'float16'
@@ -53,11 +57,7 @@ def refusal(w_IO: product.Stored, dtype: Any) -> str:
   if jax.sharding.get_abstract_mesh().size > 1:
     return 'got a mesh of several devices, expected one device'
   if isinstance(w_IO, blocks_lib.Blocks):
-    if w_IO.kind not in _BLOCKS:
-      return f'got blocks {w_IO.kind}, expected one of {", ".join(_BLOCKS)}'
     return ''
-  if w_IO.form != 'int8' and w_IO.form not in _BOOKS:
-    return f'got form {w_IO.form}, expected int8, {", ".join(_BOOKS)}'
   tile_in = w_IO.tile[1]
   if tile_in % _LANES and tile_in < w_IO.shape[-2]:
     return f'got a scale per {tile_in} inputs, expected a multiple of {_LANES}'
@@ -89,7 +89,7 @@ class Port:
     none = jnp.zeros((0,), jnp.float32)
     tile, scales, gains, mins = (1, 1), none, none, none
     if isinstance(w_IO, kernel_lib.Kernel):
-      form = _BYTES if w_IO.form == 'int8' else _NIBBLES
+      form = _VALUES.get(w_IO.form, _NIBBLES)
       data, book, tile = w_IO.values, _BOOKS.get(w_IO.form), w_IO.tile
       scales = w_IO.scales
       if scales.dtype.name not in _SCALES:

@@ -8,34 +8,12 @@
 
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
+#include "floats8.h"
 #include "simd.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace two_lives {
-
-inline float OfBits(uint32_t bits) {
-  float number;
-  std::memcpy(&number, &bits, sizeof(number));
-  return number;
-}
-
-// float8_e4m3fn: 4 bits of exponent, 3 of fraction, no infinity.
-inline float OfE4m3(uint8_t bits) {
-  const int exponent = bits >> 3 & 15, fraction = bits & 7;
-  float number = exponent ? OfBits((exponent + 120u) << 23 | fraction << 20)
-                          : fraction * 0x1p-9f;
-  if (exponent == 15 && fraction == 7)
-    number = std::numeric_limits<float>::quiet_NaN();
-  return bits & 128 ? -number : number;
-}
-
-// float8_e8m0fnu: an exponent.
-inline float OfE8m0(uint8_t bits) {
-  if (bits == 255) return std::numeric_limits<float>::quiet_NaN();
-  return OfBits(bits ? uint32_t{bits} << 23 : 1u << 22);
-}
 
 struct Scales {
   const uint8_t* data;

@@ -10,16 +10,18 @@ from tests.helpers import any_kernels
 
 def _kernels():
   return {
-    name: any_kernels.kernel(name, 256, 4) for name in ('Q8_0', 'Q2_K', 'Q4_K')
+    'Q8_0': any_kernels.kernel('Q8_0', 256, 4),
+    'narrow': any_kernels.narrow(256, 4),
+    'Q2_K': any_kernels.kernel('Q2_K', 256, 4),
   }
 
 
 def test_kinds_that_native_code_multiplies_by_are_kept(monkeypatch):
   monkeypatch.setattr(build, 'registered', lambda: ('target', 'avx2'))
   found, (note,) = fast_kernels.choose(_kernels())
-  assert list(found) == ['Q8_0', 'Q4_K']
+  assert list(found) == ['Q8_0', 'Q2_K']
   assert note.startswith('2 of 3 matrices stay quantised, since products')
-  assert 'native, avx2; 1 of 3 kernels in plain JAX: got blocks Q2_K' in note
+  assert 'native, avx2; 1 of 3 kernels in plain JAX: got a scale per 8 ' in note
   assert fast_kernels.choose({}) == ({}, [])
 
 

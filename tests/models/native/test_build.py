@@ -116,7 +116,8 @@ def test_the_choice_says_why():
     'plain JAX: engine.native is off'
   )
   assert 'for CPUs, not for gpu' in reason('auto', _params(), dtype, 'gpu')
-  assert 'got form fp8' in reason('auto', _params('fp8'), dtype, 'cpu')
+  narrow = {'up': {'kernel': any_kernels.narrow(64, 4)}}
+  assert 'got a scale per 8' in reason('auto', narrow, dtype, 'cpu')
 
 
 def test_floats_are_native_where_a_cache_does_not_hold_them():
@@ -159,8 +160,9 @@ def test_floats_and_kernels_in_fewer_bits_are_native_at_once():
 
 @pytest.mark.usefixtures('_has_compiler')
 def test_kernels_of_both_kinds_are_counted():
-  params = {'a': _params(), 'b': _params('fp8'), 'c': _params('Q8_0')}
+  narrow = {'up': {'kernel': any_kernels.narrow(64, 4)}}
+  params = {'a': _params(), 'b': narrow, 'c': _params('Q8_0')}
   shapes = jax.eval_shape(lambda: params)
   found = choice.choose('auto', shapes, jnp.float32, 'cpu')
   assert isinstance(found.stored, native_product.Port)
-  assert '1 of 3 kernels in plain JAX: got form fp8' in found.reason
+  assert '1 of 3 kernels in plain JAX: got a scale per 8' in found.reason

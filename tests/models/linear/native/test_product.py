@@ -8,6 +8,7 @@ import pytest
 from models.linear import plain
 from models.linear.native import product as native_product
 from models.linear.stored import (
+  block_kinds,
   kernel as kernel_lib,
   product,
   round as rounding,
@@ -260,16 +261,44 @@ def test_gradients_are_those_of_the_plain_product(ports):
   )
 
 
+def test_all_kinds_of_blocks_and_forms_are_native():
+  assert {*native_product._BLOCKS} == {*block_kinds.KINDS}
+  packed = {*native_product._BOOKS} & {*kernel_lib.FORMS}
+  assert packed == {*kernel_lib.PACKED}
+  assert packed | {*native_product._VALUES} == {*kernel_lib.FORMS}
+
+
+@pytest.mark.parametrize('tile', [(1, 300), (3, 48), (128, 128)])
+def test_all_floats_of_8_bits(ports, tile):
+  codes = np.arange(256 * 300, dtype=np.uint32) * 7 % 256
+  codes = codes.astype(np.uint8).reshape(256, 300)
+  tiles = -(-256 // tile[0]), -(-300 // tile[1])
+  scales = np.random.default_rng(0).normal(size=tiles).astype(np.float32)
+  w_IO = kernel_lib.Kernel.make(
+    jnp.asarray(codes.view(jnp.float8_e4m3fn)), jnp.asarray(scales),
+    form='fp8', tile=tile,
+  )  # fmt: skip
+  rows_OI = np.asarray(w_IO.rows(jnp.float32))
+  is_nan_O = np.isnan(rows_OI).any(axis=1)
+  assert is_nan_O.any()  # two codes are no number
+  unit_II = jnp.eye(300)
+  has_avx2 = 'avx2' in processor.described()
+  for options in (build.NATIVE, _PLAIN, *([_AVX2] if has_avx2 else [])):
+    port = ports(options)
+    found_IO = _multiplied(port, unit_II, w_IO)  # each weight, alone
+    np.testing.assert_array_equal(
+      np.isnan(found_IO), np.broadcast_to(is_nan_O, found_IO.shape)
+    )
+    np.testing.assert_array_equal(found_IO.T[~is_nan_O], rows_OI[~is_nan_O])
+
+
 def test_the_table_says_what_is_refused():
   for kind, dtype, text in (
-    ('Q2_K', 'float32', 'got blocks Q2_K, expected one of Q8_0'),
-    ('fp8', 'float32', 'got form fp8, expected int8'),
     ('int8', 'float64', 'got dtype float64, expected one of'),
   ):
     w_IO = any_kernels.kernel(kind, 64, 4)
     assert text in native_product.refusal(w_IO, dtype)
-  w_IO = any_kernels.kernel('int8', 64, 4)
-  w_IO.tile, w_IO.scales = (1, 8), jnp.ones((4, 8))
+  w_IO = any_kernels.narrow(64, 4)
   text = 'got a scale per 8 inputs, expected a multiple of 16'
   assert text in native_product.refusal(w_IO, 'float32')
   kernel = any_kernels.kernel('int8', 64, 4)
@@ -279,7 +308,7 @@ def test_the_table_says_what_is_refused():
 
 def test_a_kernel_that_is_refused_is_multiplied_plainly():
   port = native_product.Port('nothing', 'none')
-  w_IO = any_kernels.kernel('fp8', 64, 4)
+  w_IO = any_kernels.narrow(64, 4)
   x_RI = _inputs(3, 64)
   np.testing.assert_array_equal(
     product.linear(x_RI, w_IO, None, jnp.float32, plain.linear, port),
