@@ -186,7 +186,7 @@ def matmul_flops_per_s(
   matmul = jax.jit(
     lambda x_MM, y_MM: jnp.dot(x_MM, y_MM, preferred_element_type=out_dtype)
   )
-  return 2 * size**3 / _best_seconds(lambda: matmul(a_MM, a_MM), seconds)
+  return 2 * size**3 / best_seconds(lambda: matmul(a_MM, a_MM), seconds)
 
 
 def read_bytes_per_s(
@@ -202,10 +202,11 @@ def read_bytes_per_s(
   w_MC = jax.device_put(jnp.ones((height, width), jnp.float32), device)
   x_C = jax.device_put(jnp.ones((width,), jnp.float32), device)
   matvec = jax.jit(jnp.dot)
-  return w_MC.nbytes / _best_seconds(lambda: matvec(w_MC, x_C), seconds)
+  return w_MC.nbytes / best_seconds(lambda: matvec(w_MC, x_C), seconds)
 
 
-def _best_seconds(run: Callable[[], jax.Array], budget_s: float) -> float:
+def best_seconds(run: Callable[[], jax.Array], budget_s: float) -> float:
+  """Returns the least seconds of a call, of as many as fit the budget."""
   jax.block_until_ready(run())  # compiles
   best = float('inf')
   stop = time.perf_counter() + budget_s

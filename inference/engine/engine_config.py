@@ -142,12 +142,12 @@ class EngineConfig:
   )
   native: str = flag_field.field(
     'auto',
-    'Products on a CPU with kernels in fewer bits, and of up to 8 tokens with'
-    ' floats of 64 MiB or more: auto (native code, built once with the C++'
-    ' compiler that is installed; plain JAX without one), on (native code for'
-    ' floats of any size, or an error) or off (plain JAX). Native code has'
-    ' float32 sums in every dtype. Engines of several devices compute in plain'
-    ' JAX.',
+    'Products with kernels in fewer bits, and on a CPU of up to 8 tokens with'
+    ' floats of 64 MiB or more: auto (on a CPU native code, built once with the'
+    ' C++ compiler that is installed, or plain JAX without one; on GPU and TPU'
+    ' Pallas kernels), on (the same, on a CPU for floats of any size, or an'
+    ' error) or off (plain JAX). Such code has float32 sums in every dtype.'
+    ' Engines of several devices compute in plain JAX.',
   )
   decode_steps: int = flag_field.field(
     32,

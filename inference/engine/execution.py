@@ -62,7 +62,7 @@ class Backend(NamedTuple):
       params,
       dtype,
       platform,
-      has_floats=config.numerics == 'fast',  # invariant ones have own ports
+      is_invariant=config.numerics == 'invariant',
       is_transposed=self.has_transposed_kernels,
     )
     ports = {

@@ -133,7 +133,7 @@ def _stored_product(numerics, params, dtype):
   was_native = numerics.get('products', '').startswith('native')
   setting = 'auto' if was_native else 'off'
   platform = jax.local_devices()[0].platform
-  chosen = choice.choose(setting, params, dtype, platform, has_floats=False)
+  chosen = choice.choose(setting, params, dtype, platform, is_invariant=True)
   return chosen.stored
 
 

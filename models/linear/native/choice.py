@@ -1,4 +1,8 @@
-"""Chooses which products are computed by native code on a CPU, and says why."""
+"""Chooses which products are computed by own code, and says why.
+
+On a CPU this is native code; on GPU and TPU they are Pallas kernels, which
+multiply by kernels in fewer bits alone.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -27,7 +31,7 @@ class Choice(NamedTuple):
 
   @property
   def is_native(self) -> bool:
-    """Whether any weights are multiplied natively."""
+    """Whether any weights are multiplied by own code."""
     return self.linear is not None or self.stored is not product.in_blocks
 
 
@@ -37,24 +41,26 @@ def choose(
   dtype: Any,
   platform: str,
   *,
-  has_floats: bool = True,
+  is_invariant: bool = False,
   is_transposed: bool = False,
 ) -> Choice:
   """Returns how the weights of params are multiplied.
 
-  Kernels in fewer bits are multiplied natively wherever they can be. So are a
-  few rows by floats, if these are more than a processor's cache holds.
+  Kernels in fewer bits are multiplied by own code wherever they can be. On a
+  CPU, so are a few rows by floats, if these are more than a processor's cache
+  holds.
 
   Args:
-    setting: 'auto', 'on' (an error where there is no native product) or 'off'.
+    setting: 'auto', 'on' (an error where own code cannot be used) or 'off'.
     params: arrays or shapes.
     dtype: dtype of the computation.
     platform: platform of the device: 'cpu', 'gpu' or 'tpu'.
-    has_floats: False leaves products with floats to other ports.
+    is_invariant: leaves out code with which the bits of a row depend on the
+      other rows: products with floats, and all on GPU and TPU.
     is_transposed: whether kernels of floats lie in memory as [O, I].
 
   Raises:
-    ValueError: the setting is `on` and there is no native product.
+    ValueError: the setting is `on` and own code cannot be used.
   """
 
   def plainly(reason: str) -> Choice:
@@ -69,13 +75,18 @@ def choose(
   floats = [
     leaf
     for leaf in leaves
-    if has_floats and not stored_tree.is_stored(leaf) and leaf.ndim > 1
+    if not is_invariant and not stored_tree.is_stored(leaf) and leaf.ndim > 1
   ]
   if setting == 'off':
     return plainly('engine.native is off')
-  if platform != 'cpu' and (kernels or setting == 'on'):
-    return plainly(f'the native product is for CPUs, not for {platform}')
-  if platform != 'cpu' or not (kernels or setting == 'on' or _is_large(floats)):
+  if platform != 'cpu':
+    if not kernels and setting != 'on':
+      return Choice()
+    if is_invariant:
+      return plainly('invariant numerics leave sums to plain JAX')
+    found = on_accelerator(kernels, dtype, platform)
+    return found if found.is_native else plainly(found.reason)
+  if not (kernels or setting == 'on' or _is_large(floats)):
     return Choice()
   refusals = [
     text for each in kernels if (text := native_product.refusal(each, dtype))
@@ -90,6 +101,41 @@ def choose(
     return _with_few_rows(found, is_transposed) if are_few else found
   except build.BuildError as error:
     return plainly(str(error))
+
+
+def on_accelerator(kernels: list[Any], dtype: Any, platform: str) -> Choice:
+  """Returns how kernels in fewer bits are multiplied on GPU or TPU.
+
+  Where no kernel of Pallas multiplies, the line says why alone.
+
+  Args:
+    kernels: stored ones.
+    dtype: dtype of the computation.
+    platform: platform of the device.
+  """
+  if not kernels:
+    return Choice(reason='no kernel is in fewer bits')
+  # Here: they import Pallas, without which a CPU starts sooner.
+  if platform == 'tpu':
+    from models.linear.kernels import stored_tpu as ports
+  elif platform == 'gpu':
+    from models.linear.kernels import stored_gpu as ports
+  else:
+    return Choice(reason=f'there is no kernel for {platform}')
+  refusals = [text for each in kernels if (text := ports.refusal(each, dtype))]
+  if len(refusals) == len(kernels):
+    return Choice(reason=refusals[0])
+  reason = _with_refusals(f'Pallas, {platform}', kernels, refusals)
+  return Choice(ports.Port(), reason=reason)
+
+
+def _with_refusals(reason: str, kernels: list[Any], refusals: list[str]) -> str:
+  if not refusals:
+    return reason
+  return (
+    f'{reason}; {len(refusals)} of {len(kernels)} kernels in plain JAX:'
+    f' {refusals[0]}'
+  )
 
 
 def _is_large(floats: list[Any]) -> bool:
@@ -112,10 +158,7 @@ def _refusal(floats: list[Any], dtype: Any) -> str:
 
 def _of_stored(kernels: list[Any], refusals: list[str]) -> Choice:
   target, instructions = build.registered()
-  reason = f'native, {instructions}'
-  if refusals:
-    reason += f'; {len(refusals)} of {len(kernels)} kernels in plain JAX:'
-    reason += f' {refusals[0]}'
+  reason = _with_refusals(f'native, {instructions}', kernels, refusals)
   return Choice(native_product.Port(target, instructions), reason=reason)
 
 

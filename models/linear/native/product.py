@@ -83,7 +83,7 @@ class Port:
     if refusal(w_IO, dtype):
       return product.in_blocks(x, w_IO, dtype, multiply, sizes_E)
     if w_IO.order is not None:
-      x = _ordered(x, w_IO.order, sizes_E)
+      x = product.ordered(x, w_IO.order, sizes_E)
     sizes = jnp.zeros((0,), jnp.int32) if sizes_E is None else sizes_E
     rows_RI = x.astype(dtype).astype(jnp.float32).reshape(-1, x.shape[-1])
     none = jnp.zeros((0,), jnp.float32)
@@ -107,15 +107,3 @@ class Port:
       form=form, tile_out=tile[0], tile_in=tile[1],
     )  # fmt: skip
     return y_RO.reshape((*x.shape[:-1], w_IO.shape[-1]))
-
-
-def _ordered(
-  x: jax.Array, order: jax.Array, sizes_E: jax.Array | None
-) -> jax.Array:
-  """Returns rows in the order of a kernel's inputs, or of their group's."""
-  if sizes_E is None:
-    return jnp.take(x, order, axis=-1)
-  end_E = jnp.cumsum(sizes_E)
-  group_J = jnp.searchsorted(end_E, jnp.arange(x.shape[0]), side='right')
-  order_JI = jnp.take(order, group_J, axis=0, mode='clip')
-  return jnp.take_along_axis(x, order_JI, axis=-1)

@@ -129,6 +129,24 @@ def _in_blocks(
   return y
 
 
+def ordered(
+  x: jax.Array, order: jax.Array, sizes_E: jax.Array | None = None
+) -> jax.Array:
+  """Returns rows in the order of a kernel's inputs, or of their group's.
+
+  Args:
+    x: the input, [..., I], or [J, I] of groups.
+    order: int32 [I], or [E, I] of groups.
+    sizes_E: int32, rows of each group; None: the kernel is one matrix.
+  """
+  if sizes_E is None:
+    return jnp.take(x, order, axis=-1)
+  end_E = jnp.cumsum(sizes_E)
+  group_J = jnp.searchsorted(end_E, jnp.arange(x.shape[0]), side='right')
+  order_JI = jnp.take(order, group_J, axis=0, mode='clip')
+  return jnp.take_along_axis(x, order_JI, axis=-1)
+
+
 def linear(
   x: jax.Array,
   w_IO: Any,

@@ -115,9 +115,26 @@ def test_the_choice_says_why():
   assert reason('off', _params(), dtype, 'cpu') == (
     'plain JAX: engine.native is off'
   )
-  assert 'for CPUs, not for gpu' in reason('auto', _params(), dtype, 'gpu')
   narrow = {'up': {'kernel': any_kernels.narrow(64, 4)}}
-  assert 'got a scale per 8' in reason('auto', narrow, dtype, 'cpu')
+  for platform in ('cpu', 'gpu', 'tpu'):
+    assert 'got a scale per 8' in reason('auto', narrow, dtype, platform)
+  assert 'no kernel for metal' in reason('auto', _params(), dtype, 'metal')
+
+
+@pytest.mark.parametrize('platform', ['gpu', 'tpu'])
+def test_accelerators_have_kernels_of_pallas(platform):
+  params = {'a': _params(), 'narrow': any_kernels.narrow(64, 4)}
+  dtype = jnp.bfloat16
+  if platform == 'tpu':  # rows of 64 bytes are refused there
+    params['a'] = {'kernel': any_kernels.kernel('int8', 128, 4)}
+  found = choice.choose('on', params, dtype, platform)
+  assert found.is_native
+  assert type(found.stored).__module__.endswith(f'stored_{platform}')
+  assert found.reason.startswith(f'Pallas, {platform}; 1 of 2 kernels in plain')
+  invariant = choice.choose('auto', params, dtype, platform, is_invariant=True)
+  assert invariant.reason.startswith('plain JAX: invariant numerics')
+  assert not invariant.is_native
+  assert choice.choose('auto', {}, dtype, platform) == choice.Choice()
 
 
 def test_floats_are_native_where_a_cache_does_not_hold_them():
@@ -129,14 +146,14 @@ def test_floats_are_native_where_a_cache_does_not_hold_them():
   for found in (
     choice.choose('auto', small, jnp.float32, 'cpu'),
     choice.choose('auto', large, jnp.float32, 'gpu'),
-    choice.choose('auto', large, jnp.float32, 'cpu', has_floats=False),
+    choice.choose('auto', large, jnp.float32, 'cpu', is_invariant=True),
   ):
     assert found == choice.Choice()
   found = choice.choose('auto', large, jnp.bfloat16, 'cpu')
   assert found.linear is None
   assert found.reason == 'plain JAX: got weights of float32 in bfloat16'
   for text, given in (
-    ('for CPUs, not for gpu', (small, jnp.float32, 'gpu')),
+    ('no kernel is in fewer bits', (small, jnp.float32, 'gpu')),
     ('got weights of float32', (small, jnp.bfloat16, 'cpu')),
     ('no kernel is in fewer bits, and floats', ({}, jnp.float32, 'cpu')),
   ):
