@@ -2,6 +2,7 @@
 
     python -m benchmarks.quantised_decode --llama_cpp=/path/to/python
     python -m benchmarks.quantised_decode --gguf=FILE.gguf --llama_cpp=...
+    python -m benchmarks.quantised_decode --shape=1b --batches=1,8,32,64
 
 Greedy requests that begin together are answered through the engine, at several
 batch sizes; the rate counts the tokens after the last prompt. The sides take
@@ -14,9 +15,10 @@ blocks has llama.cpp beside it, on the same blocks and with as many threads as
 cores. The ratio is the median over rounds; above 1, ours is faster. int8 is
 compared with llama.cpp's Q8_0, and int4 with its Q4_0.
 
-The model has the 110M shape of `benchmarks.decode_latency` and random weights.
-With `--gguf`, it is the model of that file, with two sides: the kept blocks,
-and float32.
+The model has random weights and the 110M shape of `benchmarks.decode_latency`,
+or that of Llama-3.2-1B, which is one for a GPU or TPU. Sides in fewer bits
+compute in float32 on a CPU and in bfloat16 on other devices. With `--gguf`, it
+is the model of that file, with two sides: the kept blocks, and floats.
 """
 
 from collections.abc import Iterator
@@ -201,7 +203,7 @@ class _Ours:
 def _models(args: Any, scratch: pathlib.Path) -> Iterator[tuple[Any, ...]]:
   """Yields name, config, params, dtype and GGUF file ('': none) of sides."""
   if not args.gguf:
-    model = decode_rate.model_of('110m')
+    model = decode_rate.model_of(args.shape)
     floats = random_model.params(model)
     for name in args.sides:
       kind = str(_PEER_OF.get(name, name))
@@ -210,10 +212,10 @@ def _models(args: Any, scratch: pathlib.Path) -> Iterator[tuple[Any, ...]]:
         path = scratch / f'{kind}.gguf'
         if not path.exists():
           write_gguf(path, model, floats, kind)
-      dtype = name if name in _FLOATS else 'float32'
+      dtype = name if name in _FLOATS else _dtype()
       yield name, model, stored_params(floats, name), dtype, str(path)
     return
-  for name, weights in (('kept', 'kept'), ('float32', 'float')):
+  for name, weights in (('kept', 'kept'), (_dtype(), 'float')):
     out = scratch / weights
     command = [sys.executable, '-m', 'frozen.huggingface', 'import']
     flags_of = [f'--source={args.gguf}', f'--weights={weights}', f'--out={out}']
@@ -221,7 +223,12 @@ def _models(args: Any, scratch: pathlib.Path) -> Iterator[tuple[Any, ...]]:
     frozen = frozen_format.read(out)
     config = dataclasses.replace(frozen.config, scan_layers=False)
     params, _ = layout.unstack(frozen.params, frozen.config)
-    yield name, config, params, 'float32', args.gguf if name == 'kept' else ''
+    yield name, config, params, _dtype(), args.gguf if name == 'kept' else ''
+
+
+def _dtype() -> str:
+  """Returns the dtype in which sides in fewer bits compute."""
+  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
 
 
 def _measure_batch(args: Any, models: list[Any], batch: int) -> dict[str, Any]:
@@ -266,8 +273,9 @@ def _figures(name, rates, batch, reading, step_bytes, products, models):
   steps = [rate / batch * step_bytes[name] for rate in rates[name]]
   found['bandwidth'] = timing.median_ratio(steps, reading)
   found['products'] = products[name]
-  if 'float32' in rates:
-    found['to_float32'] = timing.median_ratio(rates[name], rates['float32'])
+  for floats in _FLOATS:
+    if floats in rates:
+      found[f'to_{floats}'] = timing.median_ratio(rates[name], rates[floats])
   path = next(path for side, *_, path in models if side == name)
   peer = f'llama.cpp {pathlib.Path(path).stem}'
   if path and peer in rates:
@@ -285,7 +293,7 @@ def measure(args: Any) -> Iterator[entry.Result]:
       batches[batch] = _measure_batch(args, models, batch)
   yield {
     'benchmark': 'quantised_decode',
-    'model': args.gguf or '110m',
+    'model': args.gguf or args.shape,
     'device': device.device_kind,
     'batches': batches,
   }
@@ -295,8 +303,8 @@ def report(result: entry.Result) -> str:
   """Returns the tables, one per batch size."""
   tables = []
   for batch, sides in result['batches'].items():
-    heads = '', 'tokens/s', 'bandwidth', 'to float32', 'to llama.cpp'
-    rows: list[tuple[str, ...]] = [heads]
+    heads = 'tokens/s', 'bandwidth', 'to float32', 'to bfloat16', 'to llama.cpp'
+    rows: list[tuple[str, ...]] = [('', *heads)]
     for name, each in sides.items():
       rows.append(
         (
@@ -307,6 +315,7 @@ def report(result: entry.Result) -> str:
             for key, form in (
               ('bandwidth', '{:.0%}'),
               ('to_float32', '{:.2f}'),
+              ('to_bfloat16', '{:.2f}'),
               ('to_peer', '{:.2f}'),
             )
           ],
@@ -333,6 +342,7 @@ if __name__ == '__main__':
     'Dtypes, schemes of frozen.quantize, kinds of GGUF blocks.',
   )
   flags.DEFINE_list('batches', ['1', '8', '32'], 'Sequences that run at once.')
+  flags.DEFINE_enum('shape', '110m', ['110m', '1b'], 'Of random weights.')
   flags.DEFINE_integer('new_tokens', 64, 'Tokens of each answer.', 2)
   path_flags.DEFINE_path('gguf', '', 'A GGUF file, in place of random weights.')
   flags.DEFINE_string(

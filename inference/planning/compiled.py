@@ -17,7 +17,6 @@ from inference.engine import (
   adapter_table,
   device_state,
   engine_config,
-  execution,
   steps,
 )
 from inference.engine.compiled import layouts, lowering
@@ -64,9 +63,7 @@ def decode_step(
   if isinstance(placement, placement_lib.Spread):
     mesh = placement.mesh
   served = placement.model
-  backend = placement.backend(
-    execution.choose(config, served, dtype, devices[0].platform)
-  )
+  backend = placement_lib.backend_of(placement, config, params, dtype)
   tokens = config.page_tokens(served.max_length)
   per_sequence = -(-served.max_length // tokens)
   computed = transformer.Transformer(served, dtype, backend.execution)

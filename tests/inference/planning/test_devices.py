@@ -150,11 +150,12 @@ def test_a_compiled_step_with_adapters_sends_no_more():
   assert counts[0] == counts[1] == with_them.sums_per_step
 
 
-def _stored(scheme):
+def _stored(scheme, model_width=96):
   """Returns a subject and variables with kernels in fewer bits."""
   config = tiny_models.odd_heads(
-    model_width=96, mlp_width=192, head_width=32, vocab_size=270, num_layers=1
-  )
+    model_width=model_width, mlp_width=2 * model_width, head_width=32,
+    vocab_size=270, num_layers=1,
+  )  # fmt: skip
   params = stored_params.stored(frozen_dirs.params(config), scheme)
   found = subject.of_config(scheme, config, 'float32')
   quantization = stored_kernels.quantization(params, None)
@@ -214,6 +215,26 @@ def test_experts_in_fewer_bits_are_those_that_the_engine_places(
   assert len(across) == (scheme == 'ordered' and experts < 4)
   # All experts, and the rest but the embedding, which has one row per token.
   assert planned.step_bytes(10**6, 0) < planned.weight_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('target', 'compiler'),
+  [('h100:1', 'jax_plugins.xla_cuda13'), ('v5e:1x1', 'libtpu')],
+)
+def test_a_plan_has_the_products_of_the_engine(target, compiler, monkeypatch):
+  pytest.importorskip(compiler, reason='needs requirements-plan.txt')
+  texts = []
+  compile = compile_ahead.compile
+
+  def seen(lowered):
+    texts.append(lowered.as_text())
+    return compile(lowered)
+
+  monkeypatch.setattr(compile_ahead, 'compile', seen)
+  planned = plan_lib.make(_stored('int8', 128)[0], target)
+  assert isinstance(planned.compiled, compile_ahead.Program)
+  assert 'stored_product' in texts[0]
 
 
 @pytest.mark.slow
