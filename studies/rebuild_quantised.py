@@ -74,6 +74,7 @@ def make(
       # Directories from before it was recorded used the default.
       held_out=used.get('held_out', calibration.Config().held_out),
     ),
+    rotate='rotation' in record,
     overwrite=again.exists(),
   )
   return again

@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
         length=values.length,
         held_out=values.held_out,
       ),
+      rotate=values.rotate,
       overwrite=values.overwrite,
       tell=print,
     )
@@ -81,6 +82,13 @@ def _define_flags() -> None:
     text.held_out,
     'Rows of text to measure with, at least 2. More rows lower the errors of'
     ' the quality table.',
+  )
+  flags.DEFINE_bool(
+    'rotate',
+    False,
+    'Turn the residual stream and the values by random orthogonal matrices'
+    ' first: large channels are spread over all. The function stays, and a tied'
+    ' head becomes a table of its own, which takes more memory.',
   )
   flags.DEFINE_bool('overwrite', False, 'Replace a frozen directory at --out.')
   flags.mark_flags_as_required(['source', 'out'])

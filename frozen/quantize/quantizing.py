@@ -32,6 +32,7 @@ from frozen.quantize import (
   experts,
   gptq,
   quality,
+  rotation,
   scaling,
 )
 from models import layout, model_config
@@ -63,6 +64,7 @@ def quantise_directory(
   scheme: str,
   method: str,
   text: calibration.Config,
+  rotate: bool = False,
   overwrite: bool = False,
   tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[manifest_lib.Manifest, dict[str, Any]]:
@@ -73,7 +75,8 @@ def quantise_directory(
     out: directory to write.
     scheme: one of `models.linear.stored.round.SCHEMES`.
     method: one of METHODS.
-    text: text to calibrate and to measure with.
+    text: text to calibrate and to measure with; its seed draws the rotation.
+    rotate: turn the residual stream first, see `rotation.py`.
     overwrite: replace a frozen directory at `out`.
     tell: receives a line per layer.
 
@@ -87,6 +90,8 @@ def quantise_directory(
   opened = frozen_format.open_directory(source)
   check_source(opened)
   manifest = opened.manifest
+  if rotate:
+    rotation.check(opened.config)
   rows = calibration.rows(
     text,
     tokenizer_lib.load(opened.tokenizer_dir),
@@ -94,10 +99,14 @@ def quantise_directory(
     max_length=opened.config.max_length,
   )
   params, config = layout.unstack(opened.read_params(), opened.config)
+  record: dict[str, Any] = {'scheme': scheme, 'method': method}
+  if rotate:
+    params, config = rotation.rotated(params, config, text.seed)
+    record['rotation'] = text.seed
   result = quantised(
     params, config, rows, scheme=scheme, method=method, tell=tell
   )
-  record = {'scheme': scheme, 'method': method, 'calibration': rows.record}
+  record['calibration'] = rows.record
   record['quality'] = result.quality
   report = {
     **record,

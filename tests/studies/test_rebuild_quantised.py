@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from frozen import manifest as manifest_lib
 from frozen.quantize import calibration, quantizing
 from studies import rebuild, rebuild_quantised
 from tests.helpers import frozen_dirs
@@ -67,3 +68,25 @@ def test_other_sources_and_texts_are_refused(place, tmp_path, changes, words):
   with pytest.raises(ValueError, match=words):
     make(place, tmp_path, **changes)
   assert not (tmp_path / 'frozen').exists()
+
+
+def test_a_turned_directory_is_made_again(place, tmp_path):
+  turned = tmp_path / 'turned'
+  made, _ = quantizing.quantise_directory(
+    place / 'float',
+    turned,
+    scheme='int8',
+    method='rtn',
+    text=calibration.Config(
+      path=str(place / 'text'), seed=5, rows=4, length=32, held_out=4
+    ),
+    rotate=True,
+  )
+  again = rebuild_quantised.make(
+    turned,
+    tmp_path / 'workdir',
+    source=str(place / 'float'),
+    text=str(place / 'text'),
+  )
+  found = manifest_lib.read(again)
+  assert found.weights_digest == made.weights_digest
