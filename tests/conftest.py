@@ -91,18 +91,22 @@ flags.FLAGS.mark_as_parsed()
 
 
 @pytest.fixture(autouse=True)
-def _same_seeds_in_each_run(request, monkeypatch):
+def _same_seeds_in_each_run(request):
   """Numbers the seeds of requests without one, so that a failure comes again.
 
   Processes that a test starts draw random seeds.
   """
   base = zlib.crc32(request.node.nodeid.encode())
   numbers = itertools.count()
-  monkeypatch.setattr(
-    settings_lib,
-    'new_seed',
-    lambda: settings_lib.folded_seed(base, next(numbers)),
-  )
+
+  def new_seed() -> int:
+    return settings_lib.folded_seed(base, next(numbers))
+
+  # Not by the fixture `monkeypatch`: asked for here, it would end after the
+  # other fixtures of a test, and they would see what the test has changed.
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(settings_lib, 'new_seed', new_seed)
+    yield
 
 
 @pytest.hookimpl(wrapper=True)
