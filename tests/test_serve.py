@@ -448,7 +448,7 @@ def test_streams_that_outlast_the_drain_end_with_an_error(tmp_path):
 
 
 # XLA cannot be interrupted: a process that compiles ends without its clean-up.
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(('replicas', 'code'), [(1, 0), (0, 1)])
 def test_a_server_that_still_compiles_stops_at_once(
   model, tmp_path, replicas, code

@@ -34,7 +34,7 @@ def _ask(model, *flags, prompt='abcd:'):
   return commands.run('serve.py', *fixed, '--max_tokens=6', *flags)
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('flags', 'words'),
   [
@@ -63,6 +63,7 @@ def test_a_strategy_answers_with_its_receipt(model, flags, words):
     assert int(kept) + int(discarded) <= 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('prompt', 'effort'), [('a', 'once'), ('abcd:', 'self_consistency:4')]
 )

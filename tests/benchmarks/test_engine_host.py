@@ -5,7 +5,7 @@ import pytest
 from benchmarks import engine_host
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize('decode_steps', [1, 8])
 def test_all_sequences_are_answered_without_a_device(decode_steps):
   engine = engine_host.engine_of(3, decode_steps)

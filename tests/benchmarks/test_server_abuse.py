@@ -68,6 +68,7 @@ def test_a_ledger_that_does_not_add_up_is_a_failure(tmp_path, rows, says):
     server_abuse._check_ledger(tmp_path / 'db', 5)
 
 
+@pytest.mark.slow
 def test_a_server_that_ends_is_reported(tmp_path):
   args = types.SimpleNamespace(
     model=tmp_path / 'no', clients=1, seconds=4.0, replicas=0

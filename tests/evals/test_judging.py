@@ -99,6 +99,7 @@ def test_conversations_are_answered_in_order_with_the_settings():
   }
 
 
+@pytest.mark.slow
 def test_a_busy_server_is_asked_again():
   answers = iter([(429, {}, {'retry-after': 0}), (503, {}, {}), _says('yes')])
   with _serving(lambda _: next(answers)) as (url, asked):

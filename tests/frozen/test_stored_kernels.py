@@ -79,6 +79,7 @@ def test_floats_are_written_as_before_there_were_fewer_bits(tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_a_read_in_floats_has_the_numbers_that_are_stored(original):
   frozen = frozen_format.read_whole(original)
   stored = frozen_format.read(original)

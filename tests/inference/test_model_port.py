@@ -65,6 +65,7 @@ def _wanted(**fields):
   return ports.SampleSettings(max_tokens=6, temperature=1.0, **fields)
 
 
+@pytest.mark.slow
 def test_samples_differ_within_a_call_and_repeat_with_it(generator):
   sample = model_port.sampler(generator.engine, ignore_eos=True)
   prompts = [[256, 97], [256, 97], [256, 98]]

@@ -156,7 +156,7 @@ def test_the_engine_answers_as_the_full_forward(scheme):
   np.testing.assert_allclose(forward.logprobs(ids, 30), recorded, atol=2e-3)
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize('native', ['auto', 'off'])
 @pytest.mark.parametrize('config', [_config(), _mixture()], ids=['mlp', 'moe'])
 def test_invariant_numerics_have_the_bits_of_the_full_forward(

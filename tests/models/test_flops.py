@@ -14,6 +14,7 @@ def _params(config):
   return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
+@pytest.mark.slow
 def test_matmul_params_are_the_kernels_and_the_head():
   for config in (
     tiny_models.llama_like(),

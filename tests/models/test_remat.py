@@ -133,6 +133,7 @@ def test_an_unknown_policy_is_refused():
     remat.policy('some')
 
 
+@pytest.mark.slow
 def test_bfloat16_passes_stay_near_float32_ones():
   """The loss to 8 bits; each gradient to a few rounding errors per layer."""
   loss, grads = _value_and_gradients('none', True, jnp.bfloat16)

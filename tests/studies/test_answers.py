@@ -37,6 +37,7 @@ def questions(generator, tmp_path, monkeypatch):
   return answers.questions_of(str(path), 'all', generator)
 
 
+@pytest.mark.slow
 def test_the_space_of_a_template_is_no_part_of_an_answer(tmp_path):
   """The template writes it again when the answer is trained."""
   directory = tmp_path / 'model' / 'frozen'

@@ -26,6 +26,7 @@ def found(table):
   return routing.folds(table, CONFIG)
 
 
+@pytest.mark.slow
 def test_each_question_is_predicted_by_a_predictor_that_has_not_seen_it(
   table, found
 ):

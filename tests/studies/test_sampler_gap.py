@@ -21,6 +21,7 @@ def policy(tmp_path_factory):
   return place / 'run' / 'frozen'
 
 
+@pytest.mark.slow
 def test_each_way_differs_in_its_numerics_alone(policy):
   for way in sampler_gap.WAYS.values():
     made = sampler_gap.experiment_of(way, str(policy))

@@ -13,6 +13,7 @@ from studies.think import graded, pool as pool_lib
 from tests.helpers import sample_pools
 
 
+@pytest.mark.slow
 def test_the_report_has_each_level_and_a_paired_comparison(tmp_path):
   pools = [
     {

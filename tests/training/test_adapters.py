@@ -159,7 +159,7 @@ def test_layers_apart_train_as_stacked_ones_do(base):
     )
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('kind', ['lora', 'dora'])
 def test_the_first_step_has_the_loss_of_the_base_bit_for_bit(base, kind, dtype):
@@ -223,6 +223,7 @@ def test_weight_decay_shrinks_both_matrices(base):
   assert all(decayed < plain for decayed, plain in pairs), pairs
 
 
+@pytest.mark.slow
 def test_no_gradient_of_a_frozen_weight_is_computed(base):
   """XLA drops the products of the frozen kernels' gradients."""
 
@@ -314,6 +315,7 @@ def test_a_run_says_what_it_trains_and_freezes_a_merged_directory(
   assert changed == {name for name in before if name.endswith('/kernel')}
 
 
+@pytest.mark.slow
 def test_tasks_are_measured_with_the_adapters(trained):
   """Through the plainest port, the frozen average scores the same."""
   workdir, _ = trained

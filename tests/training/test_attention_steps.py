@@ -58,6 +58,7 @@ def _metrics(attend=None, **parallel):
   return {name: float(metrics[name]) for name in GOLDEN}
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
   ('attend', 'parallel'),
   [

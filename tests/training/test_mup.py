@@ -111,6 +111,7 @@ def _exponents(shape, widths=WIDTHS, **options):
   return {name: slope(name) for name in moved[0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'shape', ['wider_heads', pytest.param('more_heads', marks=pytest.mark.slow)]
 )
@@ -120,6 +121,7 @@ def test_every_activation_moves_alike_at_every_width(shape):
   assert max(np.abs(list(exponents.values()))) < BAND, exponents
 
 
+@pytest.mark.slow
 def test_without_it_wide_models_move_farther():
   """And the check can fail."""
   exponents = _exponents('wider_heads', WIDTHS[::2], is_mup=False)

@@ -51,6 +51,7 @@ def _plain(model, params, batch):
   return nll + Z_WEIGHT * z, {'nll': nll, 'z_loss': z}
 
 
+@pytest.mark.slow
 def test_the_objective_and_its_gradient_are_the_formulas():
   model, params = _model(tiny_models.stable())
   batch = tiny_models.batch(num_padding=3)
@@ -88,6 +89,7 @@ def test_without_a_weight_the_loss_is_the_nll_and_nothing_else_is_reported():
   assert set(sums) == {'weight'}
 
 
+@pytest.mark.slow
 def test_of_a_mixture_the_loss_has_both():
   model, params = _model(tiny_models.mixture(balance_loss_weight=0.5))
   batch = tiny_models.batch(num_padding=3)
@@ -143,6 +145,7 @@ def _train(z_loss_weight):
   return metrics
 
 
+@pytest.mark.slow
 def test_a_run_with_z_loss_keeps_log_z_near_zero():
   metrics = _train(Z_WEIGHT)
   assert {'loss', 'nll', 'z_loss'} <= set(metrics)

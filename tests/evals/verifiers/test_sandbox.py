@@ -46,6 +46,7 @@ def test_a_program_ends_in_words(source, status, said):
   assert len(ran.output) <= _SHORT.output_bytes
 
 
+@pytest.mark.slow
 def test_a_program_that_sleeps_ends_also_where_it_closed_its_output():
   limits = runner.Limits(wall_seconds=1.0)
   for source in (

@@ -78,6 +78,7 @@ def test_the_right_values_never_reach_the_program():
   assert score.value == 1, score.reason
 
 
+@pytest.mark.slow
 def test_a_program_that_takes_too_long_is_a_failure_of_time():
   score = _score('def f(x):\n  while True: pass')
   assert (score.value, score.failure) == (0.0, 'time')

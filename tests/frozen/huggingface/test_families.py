@@ -110,6 +110,7 @@ def _decoder(model):
   return prefill, step
 
 
+@pytest.mark.fast_cases(3)
 def test_cached_decoding_of_padded_prompts_is_the_full_forward(pair):
   """Prompts of different lengths, padded on the right with other tokens."""
   _, _, model, params = pair
@@ -137,6 +138,7 @@ def test_cached_decoding_of_padded_prompts_is_the_full_forward(pair):
     )
 
 
+@pytest.mark.fast_cases(3)
 def test_greedy_continuations_are_theirs(pair):
   theirs, _, model, params = pair
   if model.config.rope_scaling.kind == 'longrope':

@@ -93,6 +93,7 @@ def test_an_import_is_exported_as_it_was(tmp_path):
   assert again.manifest.weights_digest == manifest.weights_digest
 
 
+@pytest.mark.slow
 def test_what_is_given_away_holds_no_path_of_the_machine(tmp_path):
   source = tmp_path / 'my model'
   _save(source)

@@ -153,6 +153,7 @@ def _effective(files, frozen):
   return adapters.nested(tree)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize('options', OPTIONS)
 @pytest.mark.parametrize('name', FAMILIES)
 def test_an_adapter_of_peft_computes_the_same_here(name, options, tmp_path):
@@ -171,6 +172,7 @@ def test_an_adapter_of_peft_computes_the_same_here(name, options, tmp_path):
   _assert_close(_theirs(model.merge_and_unload()), expected)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize('options', ['plain', 'rslora', 'dora'])
 @pytest.mark.parametrize('name', FAMILIES)
 def test_peft_computes_the_same_with_an_adapter_from_here(

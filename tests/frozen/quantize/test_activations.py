@@ -46,7 +46,7 @@ def _intercepted(config, params):
   }, hidden
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(_CONFIGS))
 def test_moments_are_those_of_the_inputs_of_the_whole_model(name):
   config = _CONFIGS[name]

@@ -53,7 +53,7 @@ def _kernels(params):
   }
 
 
-@pytest.mark.fast_cases(2)
+@pytest.mark.slow
 @pytest.mark.parametrize('method', quantizing.METHODS)
 @pytest.mark.parametrize(
   'fields',
@@ -155,6 +155,7 @@ def test_bfloat16_stays_so_beside_the_kernels(tmp_path, text):
   assert stored_tree.is_stored(params['layer_0']['mlp']['down']['kernel'])
 
 
+@pytest.mark.slow
 def test_latent_attention_has_gptq_and_no_scales(tmp_path, text):
   config = _config(
     latent_width=8, rotary_width=4, num_kv_heads=4, head_width=10, value_width=6

@@ -16,6 +16,7 @@ def engine():
   return reference_engine.engine()
 
 
+@pytest.mark.slow
 def test_features_are_of_the_prompt_alone(engine):
   together_BF = features.of_prompts(engine, PROMPTS)
   width = engine.model_config.model_width

@@ -247,6 +247,7 @@ def test_a_server_that_stops_refuses_what_comes_then(slow):
   assert answer.json()['choices'][0]['finish_reason'] == 'length'
 
 
+@pytest.mark.slow
 def test_but_not_for_longer_than_it_may(slow, caplog):
   caplog.set_level(logging.INFO, logger='uvicorn.error')
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -282,6 +283,7 @@ def test_but_not_for_longer_than_it_may(slow, caplog):
   assert not [each for each in caplog.records if each.levelname == 'ERROR']
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_does_not_hold_the_server(
   generator, caplog
 ):

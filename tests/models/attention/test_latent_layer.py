@@ -38,7 +38,7 @@ def test_a_token_leaves_a_latent_and_a_rotated_key():
   assert [x.shape for x in jax.tree.leaves(pools)] == [(7, 4, 1, 12)] * 2
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize('scan_layers', [False, True])
 @pytest.mark.parametrize(
   'how',

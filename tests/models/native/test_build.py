@@ -33,6 +33,7 @@ def _compiled(directory):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('_has_compiler')
 def test_a_library_is_built_once_and_again_when_it_is_damaged(
   tmp_path, monkeypatch

@@ -26,6 +26,7 @@ def recipe(**changes):
   return small_models.Recipe(**(fields | changes))
 
 
+@pytest.mark.slow
 def test_training_learns_and_an_adapter_leaves_the_weights():
   known = pairs.draw(np.random.default_rng(0), num_pairs=4, num_ids=IDS)
   ids_BT, is_answer_BT = known.rows(pairs.FORWARD)

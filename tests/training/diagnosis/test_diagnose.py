@@ -80,6 +80,7 @@ def _spoiling(*path, value, at=...):
   return spoil
 
 
+@pytest.mark.slow
 def test_an_overflow_of_a_stacked_layer_is_named():
   message = _explained(
     _experiment(),

@@ -50,6 +50,7 @@ def _experiment(corpus, tasks, **fields):
   )
 
 
+@pytest.mark.slow
 def test_a_run_records_scores_with_their_errors(corpus, tasks, tmp_path):
   workdir = tmp_path / 'run'
   experiment = _experiment(corpus, tasks, every_steps=12, stride=8)

@@ -76,6 +76,7 @@ def _described(workdir):
   return json.loads((workdir / file_names.DATA).read_text())['logprobs']
 
 
+@pytest.mark.slow
 def test_known_log_probabilities_are_not_computed_again(
   corpus, base, tmp_path, passes
 ):

@@ -147,7 +147,7 @@ def _batch():
   return batch | {'weights': np.float32(batch['weights'] * share_BT)}
 
 
-@pytest.mark.fast_cases(2)
+@pytest.mark.slow
 @pytest.mark.parametrize('divergence', DIVERGENCES)
 @pytest.mark.parametrize(
   'options',

@@ -100,6 +100,7 @@ def _expected(loss, params, batch, num_steps, decay):
   return total, weight, [np.sum(each, axis=0) for each in overlaps]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'loss', [draft_head.KL, pytest.param(draft_head.TV, marks=pytest.mark.slow)]
 )

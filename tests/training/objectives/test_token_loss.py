@@ -174,6 +174,7 @@ def _logprobs(model, batch):
   )
 
 
+@pytest.mark.slow
 def test_the_clipped_policy_term_is_that_of_ppo(model):
   batch = _batch()
   loss, means = _sums(

@@ -170,7 +170,7 @@ _MIXTURE = transformer.Transformer(
 )
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize('mask', param_groups.DECAY_MASKS)
 @pytest.mark.parametrize('name', RULES)
 def test_routing_corrections_are_state_that_no_step_changes(name, mask):

@@ -144,6 +144,7 @@ def test_a_reward_that_is_not_finite_names_its_part(tmp_path):
     rollout_run.run(made, tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_groups_of_equal_rewards_are_replaced_within_a_bound(tmp_path):
   def same(found):
     return [1.0] * len(found)

@@ -49,13 +49,14 @@ def test_the_gap_is_zero(tmp_path, model):
   assert ratios[::2] == [1.0] * 2
 
 
+@pytest.mark.slow
 def test_with_fast_numerics_it_is_not(tmp_path):
   # If this fails, sampler and trainer agree anyway, and `invariant` may go.
   gaps, _ = _gaps(tmp_path, 'fast', num_steps=2)
   assert max(gaps) > 0
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize('model', _MODELS)
 def test_loss_and_gradient_are_those_of_plain_execution(model):
   config = dataclasses.replace(_MODELS[model], spare_ids=((260, 264),))

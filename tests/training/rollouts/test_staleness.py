@@ -41,6 +41,7 @@ def _assert_same(workdir, other, kinds=KINDS):
     )
 
 
+@pytest.mark.slow
 def test_each_batch_is_of_the_weights_before_the_last_batch(whole):
   drawn = rollout_run.records(whole / 'run', 'rollout')
   assert [each['step'] for each in drawn] == [0, 2, 4, 6]

@@ -215,6 +215,7 @@ def test_eos_is_trained_where_it_is_padding_too(tmp_path):
   parts.batches.close()
 
 
+@pytest.mark.slow
 def test_records_that_teach_nothing_are_counted_and_said(places, tmp_path):
   root, chats = places
   path = tmp_path / 'bad'

@@ -52,6 +52,7 @@ def test_a_run_counts_the_documents_of_its_rows(
   assert got == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_lengths_that_cudnn_refuses_become_a_mask(
   corpus, tmp_path, monkeypatch
 ):

@@ -292,7 +292,7 @@ def test_answers_alone_are_trained_the_same(options):
   _assert_same(losses, _expected_of_answers())
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('remat', ['minimal', 'full'])
 def test_rematerialisation(kind, remat):
@@ -339,6 +339,7 @@ def _plain_nll(hidden_BTD, head_VD, targets_BT, weights_BT, form):
   return cross_entropy.LossSums(nll, nll, jnp.zeros(()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_packed_and_padded(kind):
   """Two documents in a row, or each in a row of its own.

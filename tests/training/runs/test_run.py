@@ -62,6 +62,7 @@ def test_a_run_reports_evaluates_and_freezes(uninterrupted):
   assert frozen.manifest.has_bos
 
 
+@pytest.mark.slow
 def test_padding_counts_in_positions_and_in_nothing_else(corpus, tmp_path):
   """Of rows that one document each leaves half empty."""
   experiment = _experiment(
@@ -462,6 +463,7 @@ def test_saves_that_fail_do_not_end_the_run_unless_the_last_does(
   _assert_same_run(uninterrupted[0], tmp_path)
 
 
+@pytest.mark.slow
 def test_a_grace_that_is_too_short_is_told_of(corpus, tmp_path):
   config = experiment_lib.CheckpointConfig(every_steps=4, grace_s=1e-3)
   _, printed = _run(_experiment(corpus, checkpoint=config), tmp_path)

@@ -97,7 +97,7 @@ def test_nothing_trains_a_spare_row(trained):
   assert np.abs(head[:NUM_TOKENS]).min(axis=-1).max() > 0
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize('softcap', [0.0, 3.0])
 def test_a_masked_model_is_the_model_without_those_rows(softcap):
   whole = dataclasses.replace(MODEL, logit_softcap=softcap, spare_ids=SPARE)

@@ -67,6 +67,7 @@ def held(tmp_path):
       process.kill()
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_workdir(corpus, held):
   workdir, process = held
   with pytest.raises(

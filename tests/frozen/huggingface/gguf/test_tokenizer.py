@@ -200,6 +200,7 @@ def package(tmp_path, monkeypatch):
   sys.modules.pop('some_model', None)
 
 
+@pytest.mark.slow
 def test_a_packaged_model_is_imported_once_and_answers(package, tmp_path):
   path = packaged.find('some_model')
   assert path == package / 'Tiny-Instruct.Q4_1.gguf'

@@ -235,7 +235,7 @@ def _check_experts(kept, floats, *, names=('gate', 'up', 'down')):
       )
 
 
-@pytest.mark.fast_cases(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'case',
   ['gptq', 'gptq act-order', 'awq', 'fp8 blocks', 'exponents', 'fp8 matrices'],

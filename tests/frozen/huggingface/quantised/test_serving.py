@@ -40,7 +40,7 @@ def _answer(directory):
   return frozen, update.completion
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize('is_mixture', [False, True])
 def test_the_engine_answers_from_kept_matrices_as_from_floats(
   tmp_path, is_mixture

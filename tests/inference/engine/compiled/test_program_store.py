@@ -90,6 +90,7 @@ def test_a_damaged_file_counts_as_absent(tmp_path, kept):
   _assert_same(store.load('a'), _lowered())
 
 
+@pytest.mark.slow
 def test_a_program_that_jax_has_kept_is_stored_whole(tmp_path):
   # XLA:CPU loses functions of a program that it has loaded itself.
   function = _lowered(5.0)  # the tests keep compiled programs of JAX on disk
@@ -155,7 +156,7 @@ def _answer():
   ]
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize('min_layer_bytes', [0, layered.MIN_LAYER_BYTES])
 def test_the_second_engine_traces_nothing(
   tmp_path, monkeypatch, min_layer_bytes

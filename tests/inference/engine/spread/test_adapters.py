@@ -110,6 +110,7 @@ def _over_devices(owner, kernel, x_1TI, num_devices, numerics):
   return y_TO if is_sum else layout.of_model(y_TO, (None, cut.out), y_TO.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('owner', 'form'),
   [

@@ -123,6 +123,7 @@ def test_caches_over_devices_are_within_the_bounds_of_one(
   assert least <= max(errors) < most
 
 
+@pytest.mark.slow
 def test_drafts_and_grammars_over_devices():
   engine = reference_engine.engine(
     'odd_heads', **_LAYOUT, tensor=2, speculation='ngram'

@@ -128,7 +128,7 @@ _MORE = [
 ]
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('schemes', 'widths', 'groups', 'is_across'),
   [*_CASES, *(pytest.param(*x, marks=pytest.mark.slow) for x in _MORE)],

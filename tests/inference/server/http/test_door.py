@@ -149,6 +149,7 @@ def test_a_client_that_waits_before_its_request_is_answered(opened):
     assert client.recv(10) == b'here'
 
 
+@pytest.mark.slow
 def test_more_connections_than_are_taken_at_once_all_get_an_answer(opened):
   with contextlib.ExitStack() as stack:
     with opened.blocked():

@@ -149,6 +149,7 @@ def test_answers_that_nobody_reads_have_a_limit_together(served, monkeypatch):
     assert _rest(second).count(b'HTTP/1.1 200') == 1  # of /health
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('path', [b'/nowhere', b'/tokenize'])
 def test_a_long_body_that_is_refused_is_read_in_turns(
   generator, served, monkeypatch, path

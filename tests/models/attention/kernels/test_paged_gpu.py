@@ -127,6 +127,7 @@ def test_16_bits_lose_no_more_than_the_reference_does():
   assert 0 < error <= 1.2 * plain_error
 
 
+@pytest.mark.slow
 def test_int8_pages_are_read_as_the_reference_reads_them():
   q_1THC, layer = _call(16, stored=jnp.int8)
   form = _FORMS['all']
@@ -151,6 +152,7 @@ def test_slots_beyond_a_context_are_not_read():
   np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.slow
 def test_page_size_and_neighbours_leave_every_bit_with_one_split():
   q_1THC, layer = _call(64)
   expected = np.asarray(_kernel(q_1THC, layer, _FORMS['plain']))

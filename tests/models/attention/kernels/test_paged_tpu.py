@@ -62,7 +62,7 @@ def _real(out_1THC, positions_1T=None):
   return np.asarray(out_1THC, np.float32)[np.asarray(positions_1T) >= 0]
 
 
-@pytest.mark.fast_cases(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('page_size', 'form'),
   [
@@ -150,6 +150,7 @@ def test_slots_that_were_never_written_enter_no_sum():
   np.testing.assert_array_equal(_real(got), _real(expected))
 
 
+@pytest.mark.slow
 def test_pages_in_int8_and_dense_caches_are_attended_as_ever():
   q_1THC, layer = _call(channels=16, width=16)
   pages = kv_cache.Pages(*kv_cache.quantize(layer.pages.kv_PQYC))
