@@ -13,7 +13,7 @@ from models.linear.native import (
   choice as native_choice,
   product as native_product,
 )
-from models.linear.stored import product
+from models.linear.stored import product, repack
 
 # Tokens per step that are measured on an accelerator: one stream, and many.
 _ROWS = 1, 64
@@ -26,7 +26,8 @@ def choose(kept: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
   Native code of a CPU decodes with them faster than with floats; plain JAX is
   several times slower. On GPU and TPU the largest matrix of each form is
-  measured: a form stays if it is at least as fast as bfloat16.
+  measured: a form stays if it is at least as fast as bfloat16. Blocks of a GGUF
+  file get their scales apart there, as kernels read them.
 
   Args:
     kept: stored kernels, by path.
@@ -59,12 +60,13 @@ def _measured(
 ) -> tuple[dict[str, Any], list[str]]:
   """Returns the kernels whose form is fast on an accelerator, and notes."""
   largest: dict[str, Any] = {}
-  for kernel in kept.values():
-    form = _form(kernel)
-    if form not in largest or kernel.nbytes > largest[form].nbytes:
-      largest[form] = kernel
+  for each in kept.values():
+    form = _form(each)
+    if form not in largest or each.nbytes > largest[form].nbytes:
+      largest[form] = each
   notes, fast = [], set[str]()
-  for form, kernel in largest.items():
+  for form, each in largest.items():
+    kernel = _apart(each)
     chosen = native_choice.on_accelerator([kernel], jnp.bfloat16, platform)
     if not chosen.is_native:
       notes.append(f'{form} becomes floats, since {chosen.reason}')
@@ -81,7 +83,9 @@ def _measured(
       f'{form} {verdict}: products took {times} of the time of bfloat16'
       f' [{" x ".join(map(str, kernel.shape))}]'
     )
-  found = {path: each for path, each in kept.items() if _form(each) in fast}
+  found = {
+    path: _apart(each) for path, each in kept.items() if _form(each) in fast
+  }
   notes.append(
     f'{len(found)} of {len(kept)} matrices stay quantised;'
     ' --weights=kept or --weights=float decides for all'
@@ -91,6 +95,10 @@ def _measured(
 
 def _form(kernel: Any) -> str:
   return getattr(kernel, 'form', '') or f'blocks {kernel.kind}'
+
+
+def _apart(kernel: Any) -> Any:
+  return repack.repacked(kernel) if hasattr(kernel, 'kind') else kernel
 
 
 def _ratios(kernel: Any, stored: product.Computed) -> list[float]:

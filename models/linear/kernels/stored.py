@@ -29,7 +29,7 @@ from models.linear.stored import (
 
 _DTYPES = 'float32', 'bfloat16', 'float16'
 BOOKS = {'nf4': packing.NF4, 'fp4': packing.FP4}
-LEAST_TILE = 32  # inputs that share a scale
+LEAST_TILE = 16  # bytes of inputs that share a scale: rows of a tensor core
 _MOST_BYTES = 2**31  # addresses within an array have 32 bits
 
 
@@ -63,14 +63,13 @@ def refusal(w_IO: product.Stored, dtype: Any) -> str:
   if jax.sharding.get_abstract_mesh().size > 1:
     return 'got a mesh of several devices, expected one device'
   if isinstance(w_IO, blocks_lib.Blocks):
-    return f'got blocks {w_IO.kind} of a file, expected values and scales'
+    return f'got blocks {w_IO.kind}, expected a kernel of `stored.repack`'
   if math.prod(w_IO.values.shape) >= _MOST_BYTES:
     return f'got values of {_MOST_BYTES} bytes or more, expected fewer'
   tile_in = w_IO.tile[1]
-  if tile_in % LEAST_TILE and tile_in < w_IO.shape[-2]:
-    return (
-      f'got a scale per {tile_in} inputs, expected a multiple of {LEAST_TILE}'
-    )
+  least = LEAST_TILE * (2 if w_IO.form in kernel_lib.PACKED else 1)
+  if tile_in % least and tile_in < w_IO.shape[-2]:
+    return f'got a scale per {tile_in} inputs, expected a multiple of {least}'
   return ''
 
 

@@ -222,8 +222,8 @@ def _shape_of(form, tile, inputs, outputs=128):
   ('w_IO', 'dtype', 'text'),
   [
     (_shape_of('int8', (1, 128), 128), 'float64', 'got dtype float64'),
-    (_shape_of('int8', (1, 16), 128), 'float32', 'a scale per 16 inputs'),
-    (_shape_of('int8', (1, 48), 256), 'float32', 'a scale per 48 inputs'),
+    (_shape_of('int8', (1, 8), 128), 'float32', 'a scale per 8 inputs'),
+    (_shape_of('int4', (1, 48), 256), 'float32', 'expected a multiple of 32'),
     (_shape_of('int8', (1, 512), 512, 2**22), 'float32', '2147483648 bytes'),
   ],
 )
