@@ -31,7 +31,7 @@ from inference.engine.processes import leader as leader_lib
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models import axes, layout
-from models.linear.native import choice as native_choice
+from models.linear import products as products_lib
 from text import tokenizer as tokenizer_lib
 
 Prompt = str | abc.Sequence[int]
@@ -223,7 +223,7 @@ class Generator:
   def products_text(self) -> str:
     """Returns how weights are multiplied, '' where there is one way alone."""
     products = self.engine.backend.products
-    return '' if products == native_choice.PLAIN else products
+    return '' if products == products_lib.PLAIN else products
 
   def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
     """Returns the ids of a prompt: text as in training, ids verbatim."""

@@ -8,11 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from hardware import peaks
-from models.linear import plain
-from models.linear.native import (
-  choice as native_choice,
-  product as native_product,
-)
+from models.linear import plain, products
+from models.linear.native import product as native_product
 from models.linear.stored import product, repack
 
 # Tokens per step that are measured on an accelerator: one stream, and many.
@@ -37,7 +34,7 @@ def choose(kept: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
   platform = jax.default_backend()
   if platform != 'cpu':
     return _measured(kept, platform)
-  chosen = native_choice.choose('auto', dict(kept), jnp.float32, platform)
+  chosen = products.choose('auto', dict(kept), jnp.float32, platform)
   if chosen.stored is product.in_blocks:
     return {}, [
       f'matrices become floats, since products are in {chosen.reason};'
@@ -67,7 +64,7 @@ def _measured(
   notes, fast = [], set[str]()
   for form, each in largest.items():
     kernel = _apart(each)
-    chosen = native_choice.on_accelerator([kernel], jnp.bfloat16, platform)
+    chosen = products.on_accelerator([kernel], jnp.bfloat16, platform)
     if not chosen.is_native:
       notes.append(f'{form} becomes floats, since {chosen.reason}')
       continue

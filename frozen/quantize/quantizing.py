@@ -117,20 +117,12 @@ def quantise_directory(
     report['rounded_experts'] = sum(
       errors.get('rounded_experts', 0) for errors in result.kernels.values()
     )
-  fields = {
-    field.name: getattr(manifest, field.name)
-    for field in dataclasses.fields(manifest_lib.Provenance)
-  }
-  fields['lineage'] = {
-    **manifest.lineage,
-    'quantised_from': manifest.weights_digest,
-  }
   written = frozen_format.write(
     out,
     params=result.params,
     config=result.config,
     dtype=manifest.dtype,
-    provenance=manifest_lib.Provenance(**fields),
+    provenance=_provenance(manifest),
     tokenizer_dir=opened.tokenizer_dir,
     generation=opened.generation,
     chat_template=opened.chat_template,
@@ -139,6 +131,19 @@ def quantise_directory(
     overwrite=overwrite,
   )
   return written, report
+
+
+def _provenance(original: manifest_lib.Manifest) -> manifest_lib.Provenance:
+  """Returns the provenance of weights that are made of those of a manifest."""
+  fields = {
+    field.name: getattr(original, field.name)
+    for field in dataclasses.fields(manifest_lib.Provenance)
+  }
+  fields['lineage'] = {
+    **original.lineage,
+    'quantised_from': original.weights_digest,
+  }
+  return manifest_lib.Provenance(**fields)
 
 
 def check_method(scheme: str, method: str) -> None:

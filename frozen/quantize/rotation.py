@@ -47,13 +47,25 @@ def check(config: model_config.ModelConfig) -> None:
       'before',
       'a norm behind attention or MLP scales channels of the stream',
     ),
-    ('latent_width', config.latent_width, 0, 'latents have norms of their own'),
   ):
     if got != expected:
       raise ValueError(
         f'--rotate: got a model with {name} = {got!r}, expected {expected!r},'
         f' since {why}; quantise it without --rotate'
       )
+
+
+def _check_known(path: str) -> None:
+  """Raises ValueError for a kernel of a layer that nobody would turn."""
+  layer, _, name = path.partition('/')
+  known = *(x for names in _READERS.values() for x in names), *_WRITERS
+  is_kernel = layer.startswith('layer_') and name.endswith('/kernel')
+  if is_kernel and name.removesuffix('/kernel') not in known:
+    raise ValueError(
+      f'--rotate: got a model with {path}, expected kernels of attention and'
+      ' MLPs alone, since latents have norms of their own; quantise it without'
+      ' --rotate'
+    )
 
 
 def matrix(width: int, rng: np.random.Generator) -> np.ndarray:
@@ -87,6 +99,8 @@ def rotated(
   rng = np.random.default_rng(seed)
   turn_DD = matrix(config.model_width, rng)
   flat: dict[str, Any] = traverse_util.flatten_dict(params['params'], sep='/')
+  for path in flat:
+    _check_known(path)
   found = {path: np.asarray(x, np.float64) for path, x in flat.items()}
   head = 'head/embedding'
   if config.tie_embeddings:

@@ -14,8 +14,7 @@ from inference.engine.compiled import program_store
 from models import execution as execution_lib, kv_cache, layout, model_config
 from models.attention import supports
 from models.layers import table
-from models.linear import invariant
-from models.linear.native import choice as native_choice
+from models.linear import invariant, products as products_lib
 from models.native import build, processor
 
 _KERNELS = {
@@ -56,8 +55,8 @@ class Backend(NamedTuple):
       ValueError: the native product is asked for, and cannot be.
     """
     if config.num_parts > 1:  # the placement has the ports of parts
-      return self._replace(products=native_choice.PLAIN)
-    chosen = native_choice.choose(
+      return self._replace(products=products_lib.PLAIN)
+    chosen = products_lib.choose(
       config.native,
       params,
       dtype,

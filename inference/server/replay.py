@@ -128,12 +128,12 @@ def _stored_product(numerics, params, dtype):
   """Returns how the server multiplied by kernels in fewer bits."""
   import jax
 
-  from models.linear.native import choice
+  from models.linear import products
 
   was_native = numerics.get('products', '').startswith('native')
   setting = 'auto' if was_native else 'off'
   platform = jax.local_devices()[0].platform
-  chosen = choice.choose(setting, params, dtype, platform, is_invariant=True)
+  chosen = products.choose(setting, params, dtype, platform, is_invariant=True)
   return chosen.stored
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from inference.engine.spread import layout as layout_lib
 from models import axes
-from models.linear.native import choice as native_choice
+from models.linear import products as products_lib
 from models.linear.stored import (
   across as across_lib,
   block_kinds,
@@ -391,7 +391,7 @@ def described(layout: layout_lib.Layout, shapes: Any) -> str:
   found = cuts(layout, shapes).values()
   if not found:
     return ''
-  text = f'{native_choice.PLAIN}: native products are for one device'
+  text = f'{products_lib.PLAIN}: native products are for one device'
   if num := sum(each.is_across for each in found):
     text += (
       f'; {num} of {len(found)} stored kernels are cut along their outputs in'

@@ -23,7 +23,7 @@ _CONFIGS = {
   'muP': tiny_models.llama_like(mup_base_width=12),
   'attention_only': tiny_models.llama_like(mlp='none', mlp_width=0),
 }
-_TOKENS_BT = jnp.asarray(np.random.default_rng(5).integers(0, 61, (2, 20)))
+_TOKENS_BT = np.random.default_rng(5).integers(0, 61, (2, 20), np.int32)
 
 
 def _params(config):
@@ -121,6 +121,10 @@ def test_a_large_channel_is_spread():
   [
     (tiny_models.gpt2_like(), "norm = 'layernorm', expected 'rmsnorm'"),
     (tiny_models.llama_like(norm_place='both'), "norm_place = 'both'"),
+    (
+      tiny_models.llama_like(latent_width=8, rotary_width=4),
+      'layer_0/attention/',
+    ),
   ],
 )
 def test_a_stream_that_cannot_be_turned_is_refused(config, text):

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from models.linear.native import choice, few_rows, product as native_product
+from models.linear import products
+from models.linear.native import few_rows, product as native_product
 from models.linear.stored import product
 from models.native import build, processor
 from tests.helpers import any_kernels
@@ -84,11 +85,11 @@ def test_without_a_compiler_products_are_plain_with_the_reason(
 ):
   monkeypatch.setenv('PATH', str(tmp_path))
   monkeypatch.delenv('CXX', raising=False)
-  found = choice.choose('auto', _params(), jnp.float32, 'cpu')
+  found = products.choose('auto', _params(), jnp.float32, 'cpu')
   assert found.stored is product.in_blocks
   assert found.reason.startswith('plain JAX: no compiler g++, clang++, c++ on')
   with pytest.raises(ValueError, match="native: got 'on', but no compiler"):
-    choice.choose('on', _params(), jnp.float32, 'cpu')
+    products.choose('on', _params(), jnp.float32, 'cpu')
 
 
 @pytest.mark.usefixtures('_has_compiler')
@@ -108,7 +109,7 @@ def test_a_directory_that_cannot_be_written_is_a_reason(tmp_path):
 
 def test_the_choice_says_why():
   def reason(*args):
-    found = choice.choose(*args)
+    found = products.choose(*args)
     assert found.stored is product.in_blocks
     return found.reason
 
@@ -128,14 +129,16 @@ def test_accelerators_have_kernels_of_pallas(platform):
   dtype = jnp.bfloat16
   if platform == 'tpu':  # rows of 64 bytes are refused there
     params['a'] = {'kernel': any_kernels.kernel('int8', 128, 4)}
-  found = choice.choose('on', params, dtype, platform)
+  found = products.choose('on', params, dtype, platform)
   assert found.is_native
   assert type(found.stored).__module__.endswith(f'stored_{platform}')
   assert found.reason.startswith(f'Pallas, {platform}; 1 of 2 kernels in plain')
-  invariant = choice.choose('auto', params, dtype, platform, is_invariant=True)
+  invariant = products.choose(
+    'auto', params, dtype, platform, is_invariant=True
+  )
   assert invariant.reason.startswith('plain JAX: invariant numerics')
   assert not invariant.is_native
-  assert choice.choose('auto', {}, dtype, platform) == choice.Choice()
+  assert products.choose('auto', {}, dtype, platform) == products.Choice()
 
 
 def test_floats_are_native_where_a_cache_does_not_hold_them():
@@ -145,12 +148,12 @@ def test_floats_are_native_where_a_cache_does_not_hold_them():
 
   small, large = params(16 * 1023), params(16 * 1024)  # 64 MiB
   for found in (
-    choice.choose('auto', small, jnp.float32, 'cpu'),
-    choice.choose('auto', large, jnp.float32, 'gpu'),
-    choice.choose('auto', large, jnp.float32, 'cpu', is_invariant=True),
+    products.choose('auto', small, jnp.float32, 'cpu'),
+    products.choose('auto', large, jnp.float32, 'gpu'),
+    products.choose('auto', large, jnp.float32, 'cpu', is_invariant=True),
   ):
-    assert found == choice.Choice()
-  found = choice.choose('auto', large, jnp.bfloat16, 'cpu')
+    assert found == products.Choice()
+  found = products.choose('auto', large, jnp.bfloat16, 'cpu')
   assert found.linear is None
   assert found.reason == 'plain JAX: got weights of float32 in bfloat16'
   for text, given in (
@@ -159,18 +162,18 @@ def test_floats_are_native_where_a_cache_does_not_hold_them():
     ('no kernel is in fewer bits, and floats', ({}, jnp.float32, 'cpu')),
   ):
     with pytest.raises(ValueError, match=f"native: got 'on', but .*{text}"):
-      choice.choose('on', *given)
+      products.choose('on', *given)
 
 
 @pytest.mark.usefixtures('_has_compiler')
 def test_floats_and_kernels_in_fewer_bits_are_native_at_once():
   floats = {'down': {'kernel': jax.ShapeDtypeStruct((4, 4), 'float32')}}
-  alone = choice.choose('on', floats, jnp.float32, 'cpu', is_transposed=True)
+  alone = products.choose('on', floats, jnp.float32, 'cpu', is_transposed=True)
   assert isinstance(alone.linear, few_rows.Linear)
   assert isinstance(alone.unembed, few_rows.Unembed)
   assert alone.linear.is_transposed
   assert alone.reason.startswith('native up to 8 rows, ')
-  both = choice.choose('on', {**floats, **_params()}, jnp.float32, 'cpu')
+  both = products.choose('on', {**floats, **_params()}, jnp.float32, 'cpu')
   assert isinstance(both.stored, native_product.Port)
   assert both.reason.startswith('native, ')
   assert '; floats native up to 8 rows, ' in both.reason
@@ -181,6 +184,6 @@ def test_kernels_of_both_kinds_are_counted():
   narrow = {'up': {'kernel': any_kernels.narrow(64, 4)}}
   params = {'a': _params(), 'b': narrow, 'c': _params('Q8_0')}
   shapes = jax.eval_shape(lambda: params)
-  found = choice.choose('auto', shapes, jnp.float32, 'cpu')
+  found = products.choose('auto', shapes, jnp.float32, 'cpu')
   assert isinstance(found.stored, native_product.Port)
   assert '1 of 3 kernels in plain JAX: got a scale per 8' in found.reason
