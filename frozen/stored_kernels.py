@@ -162,6 +162,7 @@ def summary(quantization: Mapping[str, Any], shapes: Any) -> str:
       size += leaf.nbytes
   record = quantization['record']
   made = [str(record[key]) for key in ('scheme', 'method') if key in record]
+  made += ['turned'] if 'rotation' in record else []
   forms = ', '.join(f'{n} x {name}' for name, n in sorted(counts.items()))
   return (
     f'{forms}{f" ({chr(32).join(made)})" if made else ""}:'

@@ -149,3 +149,4 @@ def test_a_directory_is_turned_and_quantised(tmp_path):
   opened = frozen_format.open_directory(tmp_path / 'out')
   assert not opened.config.tie_embeddings
   assert opened.manifest.quantization['record']['rotation'] == 3
+  assert '(int8 rtn turned)' in frozen_format.storage_text(opened.manifest)
