@@ -47,8 +47,8 @@ def choose(kept: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
   }
   return found, [
     f'{len(found)} of {len(kept)} matrices stay quantised, since products are'
-    f' {chosen.reason}; --weights=float dequantises all, for a machine with an'
-    ' accelerator or without a compiler'
+    f' {chosen.reason}; --weights=float dequantises all, for a machine without'
+    ' a compiler'
   ]
 
 

@@ -1,12 +1,13 @@
 """A model of the same function, in which no channel is larger than the others.
 
-The residual stream is turned by an orthogonal matrix R: whatever writes to it
-writes R'y, and whatever reads it multiplies by W R first. An RMSNorm keeps
-lengths, so it commutes with R once its scale is folded into the kernels behind
-it. Values of each head are turned, too, and turned back by the projection out
-of attention. Large channels, for which a few bits are too coarse, are spread
-over all channels. Served weights need nothing more: QuaRot, arXiv:2404.00456,
-section 4, stage 1; SliceGPT, arXiv:2401.15024, section 3.
+The residual stream x becomes x R, with an orthogonal matrix R. A kernel W that
+writes to it becomes W R, and one that reads it R' W. An RMSNorm divides by the
+length, which R keeps, so it may stand before R or after it once its scale is
+folded into the kernels that read its output. Values of each head are turned,
+too, and turned back by the projection out of attention. Large channels, for
+which a few bits are too coarse, are spread over all channels. Served weights
+need nothing more: QuaRot, arXiv:2404.00456, section 4, stage 1; SliceGPT,
+arXiv:2401.15024, section 3.
 
 R is a Hadamard matrix with random signs. Where a width is 2^n times an odd
 number, it is the Kronecker product with a random orthogonal matrix.
@@ -56,7 +57,7 @@ def check(config: model_config.ModelConfig) -> None:
 
 
 def _check_known(path: str) -> None:
-  """Raises ValueError for a kernel of a layer that nobody would turn."""
+  """Raises ValueError for a kernel of a layer that is none of the above."""
   layer, _, name = path.partition('/')
   known = *(x for names in _READERS.values() for x in names), *_WRITERS
   is_kernel = layer.startswith('layer_') and name.endswith('/kernel')

@@ -1,11 +1,10 @@
 """Products with stored kernels by Pallas: what GPU and TPU share.
 
-A weight is a number of few bits times the scale of its tile. The numbers have
-few bits in any dtype of a computation, so they are multiplied first, and the
-sum over a tile's inputs is scaled, in float32: fewer roundings than of weights
-that are scaled first, and one product per output in place of one per weight. A
-minimum is added once per tile, times the sum of the inputs. Scales are read as
-they lie: a copy in another order would take as long as many of the weights.
+A weight is a number of few bits times the scale of its tile. The numbers are
+exact in 16 bits, except those of nf4, so they are multiplied first, and the sum
+over a tile's inputs is scaled, in float32. This rounds less than weights that
+are scaled first, and scales once per output in place of once per weight. A
+minimum is added once per tile, times the sum of the inputs.
 
 Codes of four bits stay packed: inputs 2i and 2i + 1 of a row share byte i.
 So x is cut into its even and its odd columns, each of which meets one half of
@@ -27,7 +26,6 @@ from models.linear.stored import (
   product,
 )
 
-_DTYPES = 'float32', 'bfloat16', 'float16'
 BOOKS = {'nf4': packing.NF4, 'fp4': packing.FP4}
 LEAST_TILE = 16  # bytes of inputs that share a scale: rows of a tensor core
 _MOST_BYTES = 2**31  # addresses within an array have 32 bits
@@ -56,21 +54,57 @@ class Operands(NamedTuple):
 
 def refusal(w_IO: product.Stored, dtype: Any) -> str:
   """Returns why no kernel accepts a stored kernel, '' if one may."""
-  if jnp.dtype(dtype).name not in _DTYPES:
-    return f'got dtype {jnp.dtype(dtype).name}, expected one of {_DTYPES}'
-  if w_IO.ndim not in (2, 3):
-    return f'got a kernel of {w_IO.ndim} axes, expected 2, or 3 of experts'
-  if jax.sharding.get_abstract_mesh().size > 1:
-    return 'got a mesh of several devices, expected one device'
   if isinstance(w_IO, blocks_lib.Blocks):
-    return f'got blocks {w_IO.kind}, expected a kernel of `stored.repack`'
+    return (
+      f'got blocks {w_IO.kind}, whose scales lie between codes, expected scales'
+      ' apart; import the file on this machine with --weights=auto'
+    )
+  least = LEAST_TILE * (2 if w_IO.form in kernel_lib.PACKED else 1)
+  if found := product.refusal_of_own_code(w_IO, dtype, least):
+    return found
   if math.prod(w_IO.values.shape) >= _MOST_BYTES:
     return f'got values of {_MOST_BYTES} bytes or more, expected fewer'
-  tile_in = w_IO.tile[1]
-  least = LEAST_TILE * (2 if w_IO.form in kernel_lib.PACKED else 1)
-  if tile_in % least and tile_in < w_IO.shape[-2]:
-    return f'got a scale per {tile_in} inputs, expected a multiple of {least}'
   return ''
+
+
+class Port:
+  """A port `Execution.stored`; where a kernel is refused, the plain product.
+
+  GPU and TPU have their own refusal, tiles of rows, and kernel.
+  """
+
+  def refusal(self, w_IO: product.Stored, dtype: Any) -> str:
+    """Returns why the kernel does not accept a stored one, '' if it does."""
+    raise NotImplementedError
+
+  def tile_rows(
+    self, num_rows: int, w_IO: kernel_lib.Kernel, dtype: Any
+  ) -> int:
+    """Returns the rows of a tile, for so many rows of a matrix."""
+    raise NotImplementedError
+
+  def multiply(self, given: 'Operands', w_IO: kernel_lib.Kernel) -> jax.Array:
+    """Returns y[P, R, O] in float32."""
+    raise NotImplementedError
+
+  def __call__(
+    self,
+    x: jax.Array,
+    w_IO: product.Stored,
+    dtype: Any,
+    multiply: Any,
+    sizes_E: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns x[..., I] @ w[I, O], see `product.in_blocks`; in float32."""
+    num_rows = x.size // max(x.shape[-1], 1)
+    if self.refusal(w_IO, dtype) or not num_rows:
+      return product.in_blocks(x, w_IO, dtype, multiply, sizes_E)
+    assert isinstance(w_IO, kernel_lib.Kernel)
+    num_groups = 1 if sizes_E is None else sizes_E.shape[0]
+    tile_rows = self.tile_rows(-(-num_rows // num_groups), w_IO, dtype)
+    given = operands(x, w_IO, dtype, sizes_E, tile_rows)
+    y_JO = given.tiles.joined(self.multiply(given, w_IO), num_rows)
+    return y_JO.reshape((*x.shape[:-1], w_IO.shape[-1]))
 
 
 def operands(

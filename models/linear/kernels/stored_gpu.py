@@ -9,7 +9,6 @@ the shapes of a call: the last bits of a row may differ when other rows join.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
@@ -17,7 +16,7 @@ from jax.experimental.pallas import triton
 import jax.numpy as jnp
 
 from models.linear.kernels import stored
-from models.linear.stored import kernel as kernel_lib, product
+from models.linear.stored import kernel as kernel_lib
 
 # Tensor cores multiply at least 16 rows.
 MIN_ROWS, MAX_ROWS = 16, 64
@@ -28,37 +27,23 @@ _MOST_INPUTS = 128  # of a piece of weights
 _WANTED_PROGRAMS, _LEAST_PIECES = 264, 4
 
 
-def refusal(w_IO: product.Stored, dtype: Any) -> str:
-  """Returns why the kernel does not accept a stored kernel, '' if it does."""
-  return stored.refusal(w_IO, dtype)
+refusal = stored.refusal
 
 
 @dataclasses.dataclass(frozen=True)
-class Port:
-  """Multiplies by the kernel, or as the plain product where that refuses."""
+class Port(stored.Port):
+  """Multiplies by the kernel."""
 
   interpret: bool = False  # on any device, slowly; for tests
 
-  def __call__(
-    self,
-    x: jax.Array,
-    w_IO: product.Stored,
-    dtype: Any,
-    multiply: Any,
-    sizes_E: jax.Array | None = None,
-  ) -> jax.Array:
-    """Returns x[..., I] @ w[I, O], see `product.in_blocks`; in float32."""
-    num_rows = x.size // max(x.shape[-1], 1)
-    if refusal(w_IO, dtype) or not num_rows:
-      return product.in_blocks(x, w_IO, dtype, multiply, sizes_E)
-    assert isinstance(w_IO, kernel_lib.Kernel)
-    num_groups = 1 if sizes_E is None else sizes_E.shape[0]
-    of_group = -(-num_rows // num_groups)
-    tile_rows = min(MAX_ROWS, max(MIN_ROWS, pl.next_power_of_2(of_group)))
-    given = stored.operands(x, w_IO, dtype, sizes_E, tile_rows)
-    y_PRO = _multiply(given, w_IO, self.interpret)
-    y_JO = given.tiles.joined(y_PRO, num_rows)
-    return y_JO.reshape((*x.shape[:-1], w_IO.shape[-1]))
+  def refusal(self, w_IO, dtype):
+    return stored.refusal(w_IO, dtype)
+
+  def tile_rows(self, num_rows, w_IO, dtype):
+    return min(MAX_ROWS, max(MIN_ROWS, pl.next_power_of_2(num_rows)))
+
+  def multiply(self, given, w_IO):
+    return _multiply(given, w_IO, self.interpret)
 
 
 def _multiply(

@@ -59,39 +59,24 @@ def _in_bytes(w_IO: kernel_lib.Kernel) -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Port:
-  """Multiplies by the kernel, or as the plain product where that refuses."""
+class Port(stored.Port):
+  """Multiplies by the kernel."""
 
   interpret: bool = False  # on any device, slowly; for tests
 
-  def __call__(
-    self,
-    x: jax.Array,
-    w_IO: product.Stored,
-    dtype: Any,
-    multiply: Any,
-    sizes_E: jax.Array | None = None,
-  ) -> jax.Array:
-    """Returns x[..., I] @ w[I, O], see `product.in_blocks`; in float32."""
-    num_rows = x.size // max(x.shape[-1], 1)
-    if refusal(w_IO, dtype) or not num_rows:
-      return product.in_blocks(x, w_IO, dtype, multiply, sizes_E)
-    assert isinstance(w_IO, kernel_lib.Kernel)
-    num_groups = 1 if sizes_E is None else sizes_E.shape[0]
-    tile_rows = _tile_rows(-(-num_rows // num_groups), w_IO, dtype)
-    given = stored.operands(x, w_IO, dtype, sizes_E, tile_rows)
-    y_PRO = _multiply(given, w_IO, self.interpret)
-    y_JO = given.tiles.joined(y_PRO, num_rows)
-    return y_JO.reshape((*x.shape[:-1], w_IO.shape[-1]))
+  def refusal(self, w_IO, dtype):
+    return refusal(w_IO, dtype)
 
+  def tile_rows(self, num_rows, w_IO, dtype):
+    # As many as fit the memory of a kernel.
+    most = _BLOCK_BYTES // (w_IO.shape[-2] * jnp.dtype(dtype).itemsize)
+    found = min(MAX_ROWS, max(MIN_ROWS, pl.next_power_of_2(num_rows)))
+    while found > max(most, MIN_ROWS):
+      found //= 2
+    return found
 
-def _tile_rows(num_rows: int, w_IO: kernel_lib.Kernel, dtype: Any) -> int:
-  """Returns the rows of a tile, which fit the memory of a kernel."""
-  most = _BLOCK_BYTES // (w_IO.shape[-2] * jnp.dtype(dtype).itemsize)
-  found = min(MAX_ROWS, max(MIN_ROWS, pl.next_power_of_2(num_rows)))
-  while found > max(most, MIN_ROWS):
-    found //= 2
-  return found
+  def multiply(self, given, w_IO):
+    return _multiply(given, w_IO, self.interpret)
 
 
 def _multiply(
@@ -161,8 +146,8 @@ def _kernel(
 ):  # fmt: skip
   """Computes a tile of rows for some outputs, see `_multiply`.
 
-  Refs: x [H, 1, R, K], values [1, O, K], unless sums are scaled afterwards
-  scales [1, T, O], unless there are none minima as scales, y [1, R, O].
+  Refs: x [H, 1, R, K], values [1, O, K], scales [1, T, O] unless the sums are
+  scaled after the kernel, minima [1, T, O] if there are any, y [1, R, O].
   """
   *of_tiles, y_ref = rest
   at = pl.program_id(0)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from models.linear.stored import (
-  blocks as blocks_lib,
   kernel as kernel_lib,
   packing,
   product,
@@ -44,24 +43,13 @@ _BOOKS = {
   **dict.fromkeys(('IQ4_NL', 'IQ4_XS'), tuple(map(float, super_blocks.BOOK))),
 }
 _LANES = 16  # weights of a group that shares one scale
-_DTYPES = 'float32', 'bfloat16', 'float16'
-_SCALES = *_DTYPES, 'float8_e4m3fn', 'float8_e8m0fnu'  # as in scales.h
+# As in scales.h.
+_SCALES = 'float32', 'bfloat16', 'float16', 'float8_e4m3fn', 'float8_e8m0fnu'
 
 
 def refusal(w_IO: product.Stored, dtype: Any) -> str:
   """Returns why the native product does not accept a kernel, '' if it does."""
-  if jnp.dtype(dtype).name not in _DTYPES:
-    return f'got dtype {jnp.dtype(dtype).name}, expected one of {_DTYPES}'
-  if w_IO.ndim not in (2, 3):
-    return f'got a kernel of {w_IO.ndim} axes, expected 2, or 3 of experts'
-  if jax.sharding.get_abstract_mesh().size > 1:
-    return 'got a mesh of several devices, expected one device'
-  if isinstance(w_IO, blocks_lib.Blocks):
-    return ''
-  tile_in = w_IO.tile[1]
-  if tile_in % _LANES and tile_in < w_IO.shape[-2]:
-    return f'got a scale per {tile_in} inputs, expected a multiple of {_LANES}'
-  return ''
+  return product.refusal_of_own_code(w_IO, dtype, _LANES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,11 +76,39 @@ class AcrossParts(Parts, Protocol):
     ...
 
 
+_OWN_DTYPES = 'float32', 'bfloat16', 'float16'
 # Bytes of a block of columns in float32, which fit a core's cache. A matrix of
 # at most this size is one block.
 _BLOCK_BYTES = 2**20
 _COLUMNS = 16  # a block has a multiple of them
 _MOST_ROWS = 256  # of a group that are multiplied together
+
+
+def refusal_of_own_code(w: Stored, dtype: Any, least_tile: int) -> str:
+  """Returns why neither native code nor a kernel of Pallas takes a kernel.
+
+  Args:
+    w: a stored kernel.
+    dtype: dtype of the computation.
+    least_tile: inputs that share a scale, of `kernel.Kernel`: a multiple of it.
+
+  Returns:
+    '' if one may; each has further limits.
+  """
+  name = jnp.dtype(dtype).name
+  if name not in _OWN_DTYPES:
+    return f'got dtype {name}, expected one of {_OWN_DTYPES}'
+  if w.ndim not in (2, 3):
+    return f'got a kernel of {w.ndim} axes, expected 2, or 3 of experts'
+  if jax.sharding.get_abstract_mesh().size > 1:
+    return 'got a mesh of several devices, expected one device'
+  if isinstance(w, kernel_lib.Kernel):
+    tile_in = w.tile[1]
+    if tile_in % least_tile and tile_in < w.shape[-2]:
+      return (
+        f'got a scale per {tile_in} inputs, expected a multiple of {least_tile}'
+      )
+  return ''
 
 
 def in_blocks(
