@@ -48,8 +48,9 @@ void AddAcross(const Product<Weight>& p, int64_t input, int64_t begin,
     for (int n = 0; n < N; ++n) {
       w[n] = LoadFloats(weights + n * outputs + column);
       // The same columns of inputs to come: a part is too narrow for the
-      // processor to foresee them.
-      __builtin_prefetch(weights + (n + 2 * N) * outputs + column, 0, 0);
+      // processor to foresee them. Into the second cache: the first one is
+      // smaller than all that comes before their turn.
+      __builtin_prefetch(weights + (n + 2 * N) * outputs + column, 0, 2);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -90,7 +91,7 @@ void SumAlong(const Product<Weight>& p, int64_t column) {
     Vec w[N];
     for (int n = 0; n < N; ++n) {
       w[n] = LoadFloats(weights + n * p.inputs + input);
-      __builtin_prefetch(weights + (n + N) * p.inputs + input, 0, 0);
+      __builtin_prefetch(weights + (n + N) * p.inputs + input, 0, 2);
     }
     for (int r = 0; r < R; ++r) {
       const Vec x = Load(p.x + r * p.inputs + input);
