@@ -67,6 +67,9 @@ class Answers:
     """
     self.charge_memory(now)
     num_decodes, _ = flight.shape
+    # After the last answer the host may turn to other work before it reads the
+    # dispatch that is left: the time of that says nothing.
+    is_timed = any(span.sequence in self.live for span in flight.step.spans)
     updates, num_decoded, num_prefilled = [], 0, 0
     for place, span in inputs_lib.placed_spans(flight.step, num_decodes):
       row = outputs.tokens_SR[:, place].tolist()
@@ -101,7 +104,7 @@ class Answers:
     num_steps = steps.num_computed(outputs)
     if flight.step.is_verified:
       num_steps = 1
-    self._speculator.timed(flight, num_steps, now)
+    self._speculator.timed(flight, num_steps * is_timed, now)
     self._accounts.count(
       flight.step,
       num_steps=num_steps,
@@ -110,6 +113,7 @@ class Answers:
       rows=flight.num_rows(self._config.chunk_tokens),
       sent_at=flight.sent_at,
       now=now,
+      is_timed=is_timed,
     )
     return updates
 

@@ -108,6 +108,7 @@ class Accounts:
     rows: int,
     sent_at: float,
     now: float,
+    is_timed: bool,
   ) -> None:
     """Counts a dispatch that has been read, and estimates a step's duration.
 
@@ -119,6 +120,7 @@ class Accounts:
       rows: tokens in the shape of each step, padding included.
       sent_at: time of the dispatch, in seconds of `time.perf_counter`.
       now: the time.
+      is_timed: whether the dispatch was read without a pause before.
     """
     self._metrics.count(
       steps=num_steps,
@@ -126,7 +128,8 @@ class Accounts:
       prefilled=num_prefilled,
       rows=num_steps * rows,
     )
-    if num_steps and not step.chunks and not step.is_verified:
+    is_timed = is_timed and num_steps > 0
+    if is_timed and not step.chunks and not step.is_verified:
       seconds = (now - max(sent_at, self._last_landed)) / num_steps
       known = self._step_seconds.get(rows, math.inf)
       if seconds > known:

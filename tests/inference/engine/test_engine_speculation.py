@@ -5,6 +5,7 @@ The engine's matrix of promises with drafts is in `test_engine_matrix`.
 
 import collections
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -145,6 +146,26 @@ def test_a_text_that_repeats_itself_takes_fewer_steps():
   assert found[0].token_ids == found[1].token_ids
   assert found[1].usage.accepted_tokens > 20
   assert steps[1] < 0.6 * steps[0]
+
+
+def test_a_pause_behind_an_answer_is_no_time_of_a_step():
+  """A dispatch that is left is read late, and drafts would seem to pay."""
+  engine = reference_engine.engine(**_DRAFTED, decode_steps=1)
+  asked = requests.Request(
+    prompt_ids=(1, 2), settings=_Settings(max_tokens=60, seed=3)
+  )
+  ((whole,),) = reference_engine.serve(engine, [asked]).completions
+  # The device does not know strings, and sends a step too many.
+  settings = dataclasses.replace(asked.settings, stop=(whole.text[20:22],))
+  list(engine.answer([dataclasses.replace(asked, settings=settings)]))
+  assert engine._flight is not None  # sent before the last token was known
+  accounts, measured = engine._accounts, engine._speculator._measured
+  before = dict(accounts._step_seconds), dict(measured._found)
+  assert all(before)
+  time.sleep(0.05)
+  list(engine.step())
+  assert engine._flight is None
+  assert before == (accounts._step_seconds, measured._found)
 
 
 @pytest.mark.parametrize('num', [1, 3])

@@ -33,6 +33,7 @@ class _Clock:
       rows=rows,
       sent_at=before,
       now=self._now,
+      is_timed=True,
     )
 
   def steps(self, num_decodes: int, num: int = 8) -> list[int]:
