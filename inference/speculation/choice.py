@@ -10,18 +10,25 @@ batch decides and not each sequence, since all share one program. Its price per
 number of tokens is here a price per compiled shape, in which padding costs as
 much as a token: so a chosen shape takes all tokens that fit.
 
+While no request waits for a place, an answer that ends sooner makes room for
+none: the others were slower for it, and the last one ends later. So the rates
+of the sequences count by their geometric mean then (proportional fairness,
+Kelly et al., doi:10.1057/palgrave.jors.2600523), and by their sum in a queue.
+
 Beside prompt chunks the work that is due counts: prompts, and after them decode
 steps. A draft is worth its time there if its tokens cost less than decode steps
-would take for them later. While these were never measured, a token of a prompt
-counts as one of an answer does. A step of its own for drafts, between two with
-chunks, would cost the time that it costs after the prompts, and delay them:
-drafts take places of decodes in the step that the chunks need anyway.
+would take for them later, when these serve the sequences of the prompts, too.
+While decode steps were never measured, a token of a prompt counts as one of an
+answer does. A step of its own for drafts, between two with chunks, would cost
+the time that it costs after the prompts, and delay them: drafts take places of
+decodes in the step that the chunks need anyway.
 
 The choice changes the time of tokens, and never a token.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 import dataclasses
+import statistics
 from typing import NamedTuple, Protocol
 
 # A program counts as measured after this many calls: the first calls are
@@ -37,6 +44,9 @@ _KEPT = 0.9
 _PRIOR, _PRIOR_TOKENS = 0.7, 2.0
 # Upper bound of the acceptance: the formula has no value at 1.
 _MOST_ACCEPTANCE = 0.98
+# A gain that is less is left: the acceptance and the times are estimates, of
+# which the best one is more often too good than too bad.
+_LEAST_GAIN = 1.03
 # After this many choices against drafts, a draft is verified anyway: step times
 # and texts change.
 _RETRY = 128
@@ -132,6 +142,8 @@ class Choice:
     drafts: Mapping[Hashable, int],
     shapes: Sequence[tuple[int, int]],
     rows: Hashable,
+    *,
+    is_queue: bool,
   ) -> Chosen:
     """Returns how many tokens of each draft to verify.
 
@@ -139,6 +151,7 @@ class Choice:
       drafts: tokens of the draft of each decoding sequence, 0 or more.
       shapes: (X spans, R tokens) of the programs that may verify them.
       rows: sequences of the decode steps that would be sent instead.
+      is_queue: whether requests wait for the place of a sequence.
     """
     return self._best(
       [
@@ -146,6 +159,7 @@ class Choice:
         for spans, width in sorted(shapes, key=lambda shape: shape[1])
       ],
       rows,
+      mean=statistics.fmean if is_queue else statistics.geometric_mean,
     )
 
   def choose_beside(
@@ -156,7 +170,8 @@ class Choice:
     *,
     width: int,
     num_prompt: int,
-    rows_alone: Hashable,
+    rows_later: Hashable,
+    num_later: int,
   ) -> Chosen:
     """Returns how many tokens of each draft to verify beside prompt chunks.
 
@@ -167,9 +182,10 @@ class Choice:
       rows: the shape of the step that would be sent without drafts.
       width: most tokens of one sequence, its draft and the one before.
       num_prompt: tokens of prompts that the step computes.
-      rows_alone: sequences of the decode steps that follow the prompts.
+      rows_later: sequences of the decode steps that follow the prompts.
+      num_later: sequences that decode in them.
     """
-    later = self.costs.seconds(rows_alone, 1) / len(drafts)
+    later = self.costs.seconds(rows_later, 1) / max(num_later, len(drafts))
     if not later:
       later = self.costs.seconds(rows, 1) / (len(drafts) + num_prompt)
     return self._best(
@@ -182,7 +198,11 @@ class Choice:
     )
 
   def _best(
-    self, ways: Sequence[_Way], rows: Hashable, later: float = 0.0
+    self,
+    ways: Sequence[_Way],
+    rows: Hashable,
+    later: float = 0.0,
+    mean: Callable[[Sequence[float]], float] = statistics.fmean,
   ) -> Chosen:
     """Returns the drafts of the way with the most tokens per second.
 
@@ -191,18 +211,19 @@ class Choice:
       rows: of the step without drafts.
       later: seconds that a further token would take after this step, if the
         step has to be sent anyway; 0: it has not, or they are unknown.
+      mean: of the tokens of the sequences.
     """
     plain = self.costs.seconds(rows, 1)
     ways = [way for way in ways if any(way.lengths.values())]
     best = Chosen({}, 1.0)
     for way in ways:
-      made = sum(self.expected(*each) for each in way.lengths.items())
-      gain = made / len(way.lengths)
+      made = [self.expected(*each) for each in way.lengths.items()]
+      gain = mean(made)
       if plain and later:
-        gain = (plain + (made - len(way.lengths)) * later) / plain
+        gain = (plain + (sum(made) - len(made)) * later) / plain
       if plain:
         gain *= plain / max(self.costs.seconds(way.rows, way.width), plain)
-      if gain > best.gain:
+      if gain > max(best.gain, _LEAST_GAIN):
         best = Chosen(way.lengths, gain)
     if not best.lengths and ways:
       self._num_declined += 1

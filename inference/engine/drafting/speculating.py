@@ -175,19 +175,26 @@ class Speculator:
     rows = plain if num_chunks else plain.num_decodes
     if self.source.is_endless and not self._choice.costs.seconds(rows, 1):
       return {}
+    waiting = self._manager.num_waiting
     if num_chunks:
+      num_later = len(self._manager.running()) + waiting
+      num_later = min(num_later, self._limits.max_sequences)
       chosen = self._choice.choose_beside(
         drafts,
         programs.beside_shapes(num, num_chunks),
         rows,
         width=self._most_tokens() + 1,
         num_prompt=num_prompt,
-        rows_alone=programs.shape_for(num, 0).num_decodes,
+        rows_later=programs.shape_for(num_later, 0).num_decodes,
+        num_later=num_later,
       )
     else:
       shapes = programs.verified_shapes(num)
       chosen = self._choice.choose(
-        drafts, [(shape.num_spans, shape.width) for shape in shapes], rows
+        drafts,
+        [(shape.num_spans, shape.width) for shape in shapes],
+        rows,
+        is_queue=waiting > 0,
       )
     self._metrics.speculation_gain.set(chosen.gain)
     return chosen.lengths

@@ -44,30 +44,60 @@ def test_expected_tokens_are_those_of_the_formula():
 def test_good_drafts_are_verified_wide_and_poor_ones_are_not():
   choice = _choice()
   _learn(choice, 'a', 7, 7)
-  assert choice.choose({'a': 7}, _SHAPES, 4).lengths == {'a': 7}
+  assert choice.choose({'a': 7}, _SHAPES, 4, is_queue=True).lengths == {'a': 7}
   poor = _choice()
   _learn(poor, 'a', 0, 7)
-  assert poor.choose({'a': 7}, _SHAPES, 4) == ({}, 1.0)
+  assert poor.choose({'a': 7}, _SHAPES, 4, is_queue=True) == ({}, 1.0)
   middle = _choice()
   _learn(middle, 'a', 2, 7)
   # 1 + .67 + .44 + .3 in 1.5 s, or .63 more in a second more.
-  assert middle.choose({'a': 7}, _SHAPES, 4).lengths == {'a': 3}
+  assert middle.choose({'a': 7}, _SHAPES, 4, is_queue=True).lengths == {'a': 3}
+
+
+def test_a_gain_within_the_error_of_estimates_is_left():
+  choice = _choice(w4=1.0)
+  _learn(choice, 'a', 1, 3)
+  tokens = choice.expected('a', 3)
+  for seconds, expected in ((0.95, {'a': 3}), (0.985, {})):
+    costs = _Costs({(4, 1): 1.0, (4, 4): seconds * tokens})
+    other = choice_lib.Choice(costs)
+    _learn(other, 'a', 1, 3)
+    assert (
+      other.choose({'a': 3}, [(4, 4)], 4, is_queue=True).lengths == expected
+    )
 
 
 def test_the_batch_decides():
   choice = _choice()
   _learn(choice, 'a', 3, 3)
-  alone = choice.choose({'a': 3}, _SHAPES, 4)
+  alone = choice.choose({'a': 3}, _SHAPES, 4, is_queue=True)
   assert alone.lengths == {'a': 3}
   # Three sequences without a draft would wait for the one that has one.
   others = {'a': 3, 'b': 0, 'c': 0, 'd': 0}
   crowd = choice_lib.Choice(_Costs({(4, 1): 1.0, (4, 4): 2.5}))
   _learn(crowd, 'a', 3, 3)
-  assert crowd.choose({'a': 3}, [(4, 4)], 4).lengths == {'a': 3}
-  assert crowd.choose(others, [(4, 4)], 4).lengths == {}
+  assert crowd.choose({'a': 3}, [(4, 4)], 4, is_queue=True).lengths == {'a': 3}
+  assert crowd.choose(others, [(4, 4)], 4, is_queue=True).lengths == {}
   _learn(crowd, 'b', 0, 3)
-  both = choice.choose({'a': 3, 'b': 3}, _SHAPES, 4).lengths
+  both = choice.choose({'a': 3, 'b': 3}, _SHAPES, 4, is_queue=True).lengths
   assert both == {'a': 3, 'b': 3}  # tokens that fit cost nothing more
+
+
+def test_without_a_queue_no_sequence_pays_for_another():
+  choice = _choice(w4=2.0)
+  for id in 'abcd':
+    _learn(choice, id, 3 if id in 'ab' else 0, 3)
+  drafts = dict.fromkeys('abcd', 3)
+
+  def chosen(drafts, is_queue):
+    return choice.choose(drafts, [(4, 4)], 4, is_queue=is_queue).lengths
+
+  # 2 of 4 have 4 tokens where decode steps give 2: 2.5 of them on average, and
+  # a geometric mean of 2.
+  assert chosen(drafts, is_queue=True) == drafts
+  assert chosen(drafts, is_queue=False) == {}
+  pair = {'a': 3, 'b': 3}
+  assert chosen(pair, is_queue=False) == pair
 
 
 def _beside(choice, drafts, num_prompt=16):
@@ -77,7 +107,8 @@ def _beside(choice, drafts, num_prompt=16):
     (4, 1),
     width=8,
     num_prompt=num_prompt,
-    rows_alone=4,
+    rows_later=4,
+    num_later=4,
   )
 
 
@@ -104,14 +135,15 @@ def test_a_draft_beside_chunks_saves_decode_steps():
   choice = choice_lib.Choice(_Costs(costs))
   _learn(choice, 'a', 7, 8)
 
-  def chosen(num_prompt):
+  def chosen(num_prompt, num_later=1):
     return choice.choose_beside(
       {'a': 3},
       [(4, 1)],
       (4, 1),
       width=8,
       num_prompt=num_prompt,
-      rows_alone=1,
+      rows_later=1,
+      num_later=num_later,
     )
 
   # Decode steps were never measured: prompts count as answers do.
@@ -122,13 +154,16 @@ def test_a_draft_beside_chunks_saves_decode_steps():
     costs[1, 1] = seconds
     assert chosen(4).lengths == chosen(640).lengths == expected
   assert choice.expected('a', 3) - 1 == pytest.approx(2.3, abs=0.1)
+  # A decode step of .1 s that serves ten sequences: a token costs a tenth.
+  costs[1, 1] = 0.1
+  assert chosen(4, num_later=10).lengths == {}
 
 
 def test_costs_that_are_unknown_are_found_out():
   choice = choice_lib.Choice(_Costs({}))
-  assert choice.choose({'a': 7}, _SHAPES, 4).lengths == {'a': 7}
-  assert choice.choose({'a': 0}, _SHAPES, 4).lengths == {}
-  assert choice.choose({'a': 7}, [], 4).lengths == {}
+  assert choice.choose({'a': 7}, _SHAPES, 4, is_queue=True).lengths == {'a': 7}
+  assert choice.choose({'a': 0}, _SHAPES, 4, is_queue=True).lengths == {}
+  assert choice.choose({'a': 7}, [], 4, is_queue=True).lengths == {}
   measured = choice_lib.Measured()
   for seconds in (9.0, 1.0, 1.2):
     assert measured.seconds(4, 1) == 0
@@ -146,11 +181,11 @@ def test_costs_that_are_unknown_are_found_out():
 def test_drafts_that_lose_are_tried_again_at_last():
   choice = _choice(w4=9.0, w8=9.0)
   declined = 0
-  while not choice.choose({'a': 7}, _SHAPES, 4).lengths:
+  while not choice.choose({'a': 7}, _SHAPES, 4, is_queue=True).lengths:
     declined += 1
     assert declined < 1000
   assert declined == 128
   # Until it has been seen how the draft does.
-  assert choice.choose({'a': 7}, _SHAPES, 4).lengths == {'a': 3}
+  assert choice.choose({'a': 7}, _SHAPES, 4, is_queue=True).lengths == {'a': 3}
   choice.observe('a', accepted=3, length=3)
-  assert choice.choose({'a': 7}, _SHAPES, 4).lengths == {}
+  assert choice.choose({'a': 7}, _SHAPES, 4, is_queue=True).lengths == {}
