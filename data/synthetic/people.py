@@ -3,8 +3,8 @@
 A person has two names, and a value: a town, say. Three templates state it, and
 a question asks for it. Between the ids of names and values stand marks:
 
-    statements   1 n1 n2 v      2 v n1 n2      3 n1 6 n2 v
-    question     4 n1 n2 5 v
+    statements   1 n1 n2 v      2 v n1 n2      3 n1 5 n2 v
+    question     4 n1 n2 v
 
 Only statements tell the value of a person. So a model knows it from its
 weights, where it was trained on statements, or from statements before the
@@ -17,9 +17,9 @@ import dataclasses
 import numpy as np
 
 PAD = 0
-_FILLER, _QUESTION, _ANSWER = 6, 4, 5
+_QUESTION, _FILLER = 4, 5
 NUM_TEMPLATES = 3
-_FIRST_ID = 7
+_FIRST_ID = 6
 NUM_NAMES, NUM_VALUES = 40, 30  # ids of first names, of last names; of values
 NUM_IDS = _FIRST_ID + 2 * NUM_NAMES + NUM_VALUES
 
@@ -56,7 +56,7 @@ class People:
 
   def question(self, i: int) -> list[int]:
     """Returns the ids of the question about person i; its answer comes last."""
-    ids = self.first[i], self.last[i], _ANSWER, self.value[i]
+    ids = self.first[i], self.last[i], self.value[i]
     return [_QUESTION, *map(int, ids)]
 
 
@@ -78,6 +78,18 @@ def draw(rng: np.random.Generator, num_people: int) -> People:
     first=_FIRST_ID + first,
     last=_FIRST_ID + NUM_NAMES + last,
     value=_FIRST_ID + 2 * NUM_NAMES + rng.integers(NUM_VALUES, size=num_people),
+  )
+
+
+def draw_alike(rng: np.random.Generator) -> People:
+  """Returns three people who share names: one name alone is not enough."""
+  first = rng.choice(NUM_NAMES, size=2, replace=False)
+  last = rng.choice(NUM_NAMES, size=2, replace=False)
+  pairs = rng.permutation(4)[:3]
+  return People(
+    first=_FIRST_ID + first[pairs // 2],
+    last=_FIRST_ID + NUM_NAMES + last[pairs % 2],
+    value=_FIRST_ID + 2 * NUM_NAMES + rng.integers(NUM_VALUES, size=3),
   )
 
 

@@ -31,13 +31,21 @@ def test_a_context_row_trains_answers_alone_and_has_their_statements():
     row, is_trained = study._context_row(rng)
     places = np.flatnonzero(is_trained).tolist()
     assert len(places) == 3
-    first = places[0] - 4
-    # 4 n1 n2 5 v, three times, and nothing behind them.
+    first = places[0] - 3
+    # 4 n1 n2 v, three times, and nothing behind them.
     for place in places:
-      assert row[place - 4] == 4
-      assert row[place - 1] == 5
+      assert row[place - 3] == 4
       assert row[place] in row[:first]
     assert not row[places[-1] + 1 :].any()
+
+
+def test_a_repeated_row_trains_the_statements_that_come_again():
+  rng = np.random.default_rng(0)
+  for _ in range(20):
+    row, is_trained = study._repeated_row(rng)
+    (begin, *_), length = np.flatnonzero(is_trained), (row > 0).sum()
+    assert begin * 2 == length == begin + is_trained.sum()
+    assert sorted(row[:begin]) == sorted(row[begin:length])
 
 
 def test_costs_cross_where_the_context_has_cost_as_much():
@@ -77,8 +85,13 @@ def test_people_are_stated_and_asked():
   n1, n2, value = int(one.first[1]), int(one.last[1]), int(one.value[1])
   assert one.statement(1, 0) == [1, n1, n2, value]
   assert one.statement(1, 1) == [2, value, n1, n2]
-  assert one.statement(1, 2) == [3, n1, 6, n2, value]
-  assert one.question(1) == [4, n1, n2, 5, value]
+  assert one.statement(1, 2) == [3, n1, 5, n2, value]
+  assert one.question(1) == [4, n1, n2, value]
+  for seed in range(9):
+    alike = people.draw_alike(np.random.default_rng(seed))
+    names = [*zip(alike.first.tolist(), alike.last.tolist(), strict=True)]
+    assert len({*names}) == 3
+    assert len({*alike.first.tolist()}) == len({*alike.last.tolist()}) == 2
   ids = np.array(one.statement(1, 2))
   assert people.is_name(ids).tolist() == [False, True, False, True, False]
   with pytest.raises(ValueError, match='template: got 3, expected 0 to 2'):
