@@ -170,6 +170,7 @@ def test_a_cache_is_mended_and_may_be_copied_to_another_place(model, tmp_path):
   assert program[:32] == hashlib.sha256(program[32:]).digest()
 
 
+@pytest.mark.slow
 def test_chat_ends_with_its_input(model):
   directory, _ = model
   code, out, err = _run(

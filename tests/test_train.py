@@ -76,6 +76,7 @@ def _train(*flags, patch='', timeout=240):
   )
 
 
+@pytest.mark.slow
 def test_an_unexpected_exception_has_a_code_of_its_own(tmp_path):
   patch = (
     'from parallel import processes\n'

@@ -36,6 +36,7 @@ def test_shapes_are_the_published_sizes():
   assert sizes['124m'] == 124_439_808 + (50304 - 50257) * 768
 
 
+@pytest.mark.slow
 def test_result_is_consistent():
   result = train_throughput.run('tiny', _tiny(), with_peer=False, rounds=2)
   ours = result['ours']
@@ -49,6 +50,7 @@ def test_result_is_consistent():
   assert 'ratio' not in result
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step_are_all_of_it():
   shape = dataclasses.replace(_tiny(), steps=2)
   result = train_throughput.run(

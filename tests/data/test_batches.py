@@ -424,6 +424,7 @@ def test_a_ramp_may_change_on_resume_in_what_is_to_come():
     _train(batch_size=2, batch_ramp=((0, 1), (2, 2))).set_state(run.get_state())
 
 
+@pytest.mark.slow
 def test_real_text_through_a_real_source(data_dir):
   source = sources.python_stdlib(split='test', data_dir=str(data_dir))
   batches = _train(source, row_length=64, batch_size=16)

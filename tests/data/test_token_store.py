@@ -291,6 +291,7 @@ def _start(directory):
   )
 
 
+@pytest.mark.slow
 def test_two_processes_and_one_that_was_killed_agree(tmp_path):
   killed = _start(tmp_path)
   deadline = time.monotonic() + 60

@@ -76,6 +76,7 @@ def pairs(tmp_path):
   return path
 
 
+@pytest.mark.slow
 def test_conversations_are_answered_in_order_with_the_settings():
   def answer(body):
     return _says(body['messages'][0]['content'].upper())

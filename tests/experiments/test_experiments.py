@@ -67,7 +67,7 @@ def _load(name, variant):
   return module.get_config(*([variant] if variant else []))
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'variant'), ALL)
 def test_an_experiment_takes_one_step(name, variant):
   """At its own settings but for sizes, which only cost time."""

@@ -57,6 +57,7 @@ def test_each_name_answers_as_its_merged_directory(
     assert np.abs(found - bases).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_the_settings_and_the_template_of_an_adapter_are_its_own(
   generator, frozen_dir, directories, tmp_path
 ):
@@ -116,6 +117,7 @@ def test_evaluations_measure_the_adapter(generator):
   assert abs(adapted.logprob - plain.logprob) > 0.1
 
 
+@pytest.mark.slow
 def test_wrong_adapters_are_refused(
   generator, frozen_dir, directories, tmp_path
 ):

@@ -90,6 +90,7 @@ def test_rewards_are_those_of_the_training_objective(directory, generator):
   assert len({round(each, 3) for each in found}) == len(found)
 
 
+@pytest.mark.slow
 def test_no_answers_have_no_rewards(generator):
   assert model_port.rewarder(generator)([]) == []
 

@@ -191,6 +191,7 @@ def test_invariant_numerics_have_the_bits_of_the_full_forward(
   assert forward.logprobs(ids, 30).tolist() == recorded
 
 
+@pytest.mark.slow
 def test_layers_of_different_forms_are_different_programs():
   config = _config(num_layers=4)
   floats = frozen_dirs.params(config)
@@ -359,6 +360,7 @@ def test_plans_count_the_bytes_that_are_stored(tmp_path):
   assert plan.step_bytes(1, 0) == pytest.approx(less - saved)
 
 
+@pytest.mark.slow
 def test_plans_of_a_mixture_count_the_experts_that_a_step_reads(tmp_path):
   config = _mixture(num_layers=1, max_length=48)
   params = _params('int4', config)

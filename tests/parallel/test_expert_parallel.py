@@ -97,6 +97,7 @@ def test_tokens_split_along_rows_and_along_time():
   _assert_equal(spread, _run(dispatch.apply_experts, operands))
 
 
+@pytest.mark.slow
 def test_stages_side_by_side():
   """As in a pipeline: stages are an array axis, mapped to the mesh axis."""
   sizes = {'stage': 2, 'data': 1, 'expert': 4}

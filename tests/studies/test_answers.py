@@ -91,6 +91,7 @@ def test_truncated_answers_are_counted_and_left_out(
   assert about['settings']['weights_digest'] == digest
 
 
+@pytest.mark.slow
 def test_records_are_conversations_that_a_run_reads(
   generator, questions, tmp_path
 ):

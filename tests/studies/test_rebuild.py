@@ -68,6 +68,7 @@ def test_another_seed_is_told_and_parts_at_the_first_step(
   assert 'relative distance' in lines[1]
 
 
+@pytest.mark.slow
 def test_a_changed_byte_of_data_is_refused_before_training(frozen, tmp_path):
   other = tiny_run.write_corpus(tmp_path)
   first = next(pathlib.Path(tmp_path / 'train').iterdir())

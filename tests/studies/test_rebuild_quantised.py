@@ -70,6 +70,7 @@ def test_other_sources_and_texts_are_refused(place, tmp_path, changes, words):
   assert not (tmp_path / 'frozen').exists()
 
 
+@pytest.mark.slow
 def test_a_turned_directory_is_made_again(place, tmp_path):
   turned = tmp_path / 'turned'
   made, _ = quantizing.quantise_directory(

@@ -70,6 +70,7 @@ def reference(tmp_path_factory):
   return str(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
 def test_the_policy_and_its_reference_are_recorded(reference, temperature):
   objective = _objective(
@@ -91,6 +92,7 @@ def test_the_policy_and_its_reference_are_recorded(reference, temperature):
   assert np.abs(found['old_logprobs'] - found['ref_logprobs']).max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_reference_is_by_default_the_first_weights(reference):
   objective = _objective(distance_scale=0.1)
   learner = _learner(objective, init_from=reference)
@@ -103,7 +105,7 @@ def test_the_reference_is_by_default_the_first_weights(reference):
   np.testing.assert_allclose(found['ref_logprobs'], expected_BT, atol=2e-5)
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'options',
   [
@@ -130,7 +132,7 @@ def test_parts_and_devices_change_nothing(options):
   assert np.abs(found[0]).max() > 1
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize('num_microbatches', [1, 2, 8])
 def test_the_ratio_of_a_first_step_is_exactly_1(num_microbatches):
   objective = _objective()
@@ -177,6 +179,7 @@ def _passes(objective, reference, is_annotating):
   return sum(c is policy for c in calls), sum(c is frozen for c in calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('fields', 'annotating', 'stepping'),
   [

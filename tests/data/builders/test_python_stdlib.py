@@ -65,6 +65,7 @@ def test_copies_of_each_other_are_on_one_side():
   assert set(map(python_stdlib.split_of, maps)) == {'train'}
 
 
+@pytest.mark.slow
 def test_splits_of_the_real_library(data_dir):
   documents = {}
   for split in ('train', 'validation', 'test'):

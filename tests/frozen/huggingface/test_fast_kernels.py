@@ -46,6 +46,7 @@ def on_gpu(monkeypatch):
   monkeypatch.setattr(fast_kernels, '_MOST_COPIES', 2)
 
 
+@pytest.mark.slow
 def test_forms_that_were_measured_to_be_fast_stay_on_an_accelerator(
   on_gpu, monkeypatch
 ):

@@ -71,6 +71,7 @@ def _save(directory, number, further=(), **fields):
   return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [1, 2])
 def test_the_main_model_comes_in_and_the_rest_is_counted(tmp_path, number):
   further = range(LAYERS, LAYERS + number)

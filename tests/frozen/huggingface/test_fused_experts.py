@@ -27,6 +27,7 @@ def _save(root, name):
   return theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 def test_both_forms_are_the_same_model(tmp_path, name):
   root, params = tmp_path, {}

@@ -135,6 +135,7 @@ def test_gptq_is_nearer_to_the_original_than_rounding(tmp_path, text):
       assert errors['weight_error'] > nearest['weight_error']
 
 
+@pytest.mark.slow
 def test_the_same_command_has_the_same_weights(tmp_path, text):
   frozen_dirs.write(tmp_path / 'float', config=_config())
   first, _ = _quantise(tmp_path, text, 'nf4', 'awq')

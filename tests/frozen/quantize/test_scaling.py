@@ -91,6 +91,7 @@ def test_moments_are_those_of_the_new_layer(method):
       np.testing.assert_allclose(got, of_kernel, rtol=1e-4, atol=1e-5 * scale)
 
 
+@pytest.mark.slow
 def test_awq_spares_the_channels_that_are_large():
   rng = np.random.default_rng(6)
   w_IO = jnp.asarray(rng.normal(size=(128, 32)), jnp.float32)
@@ -139,6 +140,7 @@ def test_a_channel_that_is_always_zero_keeps_a_scale():
     assert (scale_I > 0).all()
 
 
+@pytest.mark.slow
 def test_the_scales_of_a_model_are_known_in_every_layer():
   config = _CONFIGS['llama']
   params = frozen_dirs.params(config)

@@ -150,6 +150,7 @@ def test_other_models_have_adapters_too(kind):
   _check(asked, reference_engine.serve(engine, asked), kind)
 
 
+@pytest.mark.slow
 def test_the_bits_of_an_adapter_do_not_depend_on_its_slot():
   found = []
   for order in (tuple(_ADAPTERS), tuple(reversed(_ADAPTERS)), ('third',)):
@@ -204,6 +205,7 @@ def test_the_base_has_the_bits_of_an_engine_without_adapters():
     assert a.prompt_logprobs == b.prompt_logprobs
 
 
+@pytest.mark.slow
 def test_an_adapter_never_meets_pages_that_another_one_wrote():
   engine = _engine()
   prompt = _request('', 60, seed=6, temperature=0.0)

@@ -88,6 +88,7 @@ def test_principals_share_no_page_while_one_and_its_samples_do(engine):
   assert has_shared
 
 
+@pytest.mark.slow
 def test_another_principals_prompt_is_as_much_work_as_a_new_one(engine):
   before = _work(engine)
   (miss,) = _serve(engine, _request(principal='a'))

@@ -204,6 +204,7 @@ def test_same_tokens_in_every_layout(layout):
         assert one.token_ids == reference.answer(request, index).token_ids
 
 
+@pytest.mark.slow
 def test_masks_of_a_batch_on_several_threads_are_the_same(monkeypatch):
   request = _request(_CONSTRAINTS['schema'], seed=3, n=8, temperature=1.0)
   (alone,) = reference_engine.serve(_engine(), [request]).completions

@@ -139,7 +139,7 @@ def test_only_the_sequences_that_see_it_end_with_an_error(
   _check_clean(engine, clean, again)
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize('layout', _LAYOUTS.values(), ids=_LAYOUTS)
 def test_pages_that_are_not_finite_are_never_cached(layout, serve_with):
   engine = reference_engine.engine(**layout)

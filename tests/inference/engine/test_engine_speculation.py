@@ -123,6 +123,7 @@ def test_tokens_of_a_verification_are_those_of_the_formula(monkeypatch):
   assert np.mean(tokens) == pytest.approx(formula, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_text_that_repeats_itself_takes_fewer_steps():
   repeated = tuple(range(40, 52)) * 3
   asked = requests.Request(

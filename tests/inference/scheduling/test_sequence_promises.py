@@ -134,6 +134,7 @@ def _prompt(rng, most=24):
   return [rng.randrange(2) for _ in range(rng.randint(1, most))]
 
 
+@pytest.mark.slow
 def test_after_ten_thousand_random_operations_every_page_is_free():
   rng = random.Random(0)
   loop = _loop()

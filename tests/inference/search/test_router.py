@@ -39,6 +39,7 @@ def test_the_entropy_of_listed_outcomes_is_exact_and_else_a_bound():
   assert rest < whole
 
 
+@pytest.mark.slow
 def test_a_router_spends_where_effort_helps_and_keeps_its_budget(
   engine, tmp_path
 ):

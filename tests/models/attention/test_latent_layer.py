@@ -63,7 +63,7 @@ def test_dense_caches_give_the_full_forward(case, scan_layers, how):
   np.testing.assert_allclose(np.concatenate(got), full_TV, atol=1e-4)
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'how',
   [execution.Execution(), invariant.execution()],

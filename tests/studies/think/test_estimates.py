@@ -31,6 +31,7 @@ def test_best_of_and_coverage_are_means_over_all_subsets(k):
     )
 
 
+@pytest.mark.slow
 def test_votes_rise_and_fall_as_theory_says():
   """Chen et al. 2024: .6250, .6456, .6454, .6219 for 1, 3, 5 and 11 votes.
 

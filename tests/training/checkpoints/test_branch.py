@@ -88,6 +88,7 @@ def _last_loss(workdir: pathlib.Path) -> float:
   return [r['loss'] for r in metrics.read(workdir) if r['kind'] == 'eval'][-1]
 
 
+@pytest.mark.slow
 def test_a_step_without_a_checkpoint_is_refused(trunk, tmp_path):
   workdir, _ = trunk
   with pytest.raises(ValueError, match='--step: got 7, expected a checkpoint'):

@@ -160,6 +160,7 @@ def test_all_that_training_does_not_change_is_frozen_again(places):
   assert (origin['family'], origin['source']) == ('qwen2', 'org/name')
 
 
+@pytest.mark.slow
 def test_the_export_is_imported_as_the_same_directory(places):
   tuned, again = places / 'run' / 'frozen', places / 'again'
   differing = _differing(tuned, again)

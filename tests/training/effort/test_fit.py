@@ -48,6 +48,7 @@ def fitted() -> effort_predictor.Predictor:
   )
 
 
+@pytest.mark.slow
 def test_a_predictor_finds_probabilities_and_costs(fitted):
   table, probs_BE = _table(1000, seed=1)
   found_BE, costs_BE = fitted(table.features_BF)

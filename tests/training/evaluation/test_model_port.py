@@ -86,6 +86,7 @@ def test_scores_are_those_of_one_request_alone(parallel, model):
     assert got.is_greedy == want.is_greedy
 
 
+@pytest.mark.slow
 def test_logits_in_chunks_are_the_same(monkeypatch):
   learner = _learner()
   state = learner.init(jax.random.key(0))

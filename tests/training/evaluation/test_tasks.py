@@ -184,6 +184,7 @@ def test_tasks_without_intermediate_evaluations_are_for_the_end():
     evals_config.EvalsConfig(every_steps=2).validate(0)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_not_recorded(corpus, tasks, tmp_path):
   experiment = _experiment(corpus, tasks, limit=1)
   experiment.validate()

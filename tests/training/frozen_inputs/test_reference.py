@@ -263,6 +263,7 @@ def test_a_computation_that_was_cut_short_goes_on(
   assert not left
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_refused(corpus, base, tmp_path):
   _assembled(corpus, base, tmp_path / 'one').batches.close()
   (path, *_) = (tmp_path / 'one' / 'data').glob('logprobs/*/logprobs.bin')

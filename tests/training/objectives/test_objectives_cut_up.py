@@ -232,6 +232,7 @@ def test_packing(name):
   _assert_same(_train(name, batch, rows=40), _expected(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _fast('orpo', among=KINDS))
 def test_padding_side(name):
   batch = functools.partial(_batch, is_padded_left=True)

@@ -133,7 +133,7 @@ def test_the_norm_is_that_of_the_trained_gradients():
   )
 
 
-@pytest.mark.fast_cases(2)
+@pytest.mark.slow
 @pytest.mark.parametrize('name', RULES)
 def test_spikes_are_judged_without_what_is_frozen(name):
   """Also where the optimizer is given all gradients, as optax does."""

@@ -265,7 +265,7 @@ def test_a_step_on_a_mesh_is_that_on_one_device(row, parallel):
   )
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize('row', ['muon', 'adafactor', 'schedule_free'])
 def test_replicas_take_the_same_step(row):
   abstract = jax.eval_shape(functools.partial(_init, row))

@@ -119,6 +119,7 @@ def test_a_model_of_1_3_devices_trains_on_several(parallel):
   np.testing.assert_allclose(_losses(learner), losses, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_device_donates_its_whole_state_too():
   one_device, _ = _on_one_device()
   state_bytes = _state_bytes_per_device(_learner(1))

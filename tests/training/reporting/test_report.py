@@ -43,6 +43,7 @@ def test_every_start_leaves_a_page_of_the_whole_run(workdir):
   assert digest['weights_digest'] in text
 
 
+@pytest.mark.slow
 def test_the_page_needs_no_other(workdir):
   text = (workdir / 'report.html').read_text()
   own = text.replace('http://www.w3.org/2000/svg', '')

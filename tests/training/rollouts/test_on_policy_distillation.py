@@ -63,6 +63,7 @@ def test_the_student_becomes_like_its_teacher(whole):
   assert steps[-1]['divergence'] < 0.8 * steps[0]['divergence']
 
 
+@pytest.mark.slow
 def test_a_verifier_measures_and_trains_nothing(whole):
   workdir, text = whole
   for kind in ('rollout', 'eval'):

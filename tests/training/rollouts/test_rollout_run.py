@@ -121,6 +121,7 @@ def test_the_temperature_of_sampling_is_that_of_the_loss(tmp_path):
     made.validate()
 
 
+@pytest.mark.slow
 def test_at_another_temperature_sampler_and_trainer_agree(tmp_path):
   made = rollout_run.experiment(
     tmp_path,

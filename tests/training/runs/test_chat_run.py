@@ -77,6 +77,7 @@ def test_a_run_learns_answers_and_says_what_it_trains(places):
   assert source['counts'] == {}
 
 
+@pytest.mark.slow
 def test_a_fine_tune_keeps_template_stop_tokens_and_settings(places):
   root, _ = places
   base = frozen_format.read(root / 'base')

@@ -242,6 +242,7 @@ def test_what_keeps_training_stable_across_devices(parallel):
   _check_model(STABLE, 8, parallel=parallel, remat='minimal', microbatches=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(
   'axis', _tiers(['stage', 'fsdp', 'context', 'tensor'], 'tensor')

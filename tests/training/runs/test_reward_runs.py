@@ -113,6 +113,7 @@ def test_a_run_resumes_bit_for_bit_with_its_head(make, workdir, tmp_path):
   assert np.abs(whole['heads']['reward']['kernel'] - before).max() > 0
 
 
+@pytest.mark.slow
 def test_a_run_reports_accuracy_with_its_error(workdir):
   records = metrics_lib.read(workdir)
   trained = [r for r in records if r['kind'] == 'train']
@@ -157,6 +158,7 @@ def _records(path):
       yield record['prompt'], record['chosen'], record['rejected']
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_frozen_reward_model(make, workdir, tmp_path):
   start = str(workdir / 'frozen')
   tokenizer = {'kind': 'directory', 'path': f'{start}/tokenizer'}

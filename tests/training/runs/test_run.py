@@ -287,6 +287,7 @@ def test_a_run_that_failed_to_start_can_be_corrected(corpus, tmp_path):
   assert result.step == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_run_json_can_be_started(corpus, tmp_path):
   workdir = tmp_path / 'run'
   (workdir / 'checkpoints').mkdir(parents=True)

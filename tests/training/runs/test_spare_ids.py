@@ -59,6 +59,7 @@ def test_training_and_serving_have_one_perplexity(trained):
   assert last['perplexity_prose/perplexity'] == pytest.approx(served, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_manifest_names_the_ids_without_a_token(trained):
   workdir, _ = trained
   manifest = json.loads((workdir / 'frozen' / 'manifest.json').read_text())

@@ -152,6 +152,7 @@ def test_a_resume_says_what_it_has_otherwise(corpus, copy):
   assert 'optimizer.peak_lr: got 0.002, before ' in printed
 
 
+@pytest.mark.slow
 def test_a_complete_run_says_what_it_makes_no_use_of(corpus, copy):
   before = _files(copy)
   optimizer = chain.OptimizerConfig(warmup_steps=1, peak_lr=2e-3)

@@ -126,6 +126,7 @@ def test_sizes_of_sample_are_few_and_hold_every_shape():
   assert shapes_lib.sample_sizes(36, 16) == [1, 4, 16, 36]
 
 
+@pytest.mark.slow
 def test_inputs_are_padding_until_they_are_filled(programs):
   _, inputs = programs.empty_inputs(steps.Shape(2, 1))
   width = -(-(128 + 8) // 64) * 64 // 16

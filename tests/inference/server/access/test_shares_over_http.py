@@ -50,6 +50,7 @@ def _asked(url, key, stack):
   return client
 
 
+@pytest.mark.slow
 def test_a_newcomer_does_not_wait_for_the_many(keyed):
   engine = keyed.generator.engine
   refused = engine.metrics.refused.labels('overloaded')

@@ -135,6 +135,7 @@ def test_local_completions_score_as_in_process(wide, in_process, tasks, more):
   _check_equal(_run(theirs, tasks.values()), _run(ours, tasks.values()))
 
 
+@pytest.mark.slow
 def test_local_chat_completions_score_as_in_process(wide, in_process, tasks):
   from lm_eval.models import openai_completions
 

@@ -63,6 +63,7 @@ def test_a_body_over_the_limit_is_refused_however_it_is_sent(limited, path):
     assert b'got more than 200000 bytes, expected' in answer
 
 
+@pytest.mark.slow
 def test_a_body_that_does_not_end_is_given_up(limited):
   head = _head('/v1/completions', 'content-length: 10')
   assert _answer(limited.url, head, b'{').startswith(b'HTTP/1.1 408 ')

@@ -92,6 +92,7 @@ def _is_refused(client, data):
   return False
 
 
+@pytest.mark.slow
 def test_a_client_that_stops_reading_loses_its_request(impatient):
   """The answer is larger than the buffers of the system."""
   prompt = 'x' * 10**6

@@ -143,6 +143,7 @@ def test_what_cannot_fit_is_refused_before_it_is_read(http, root, monkeypatch):
   assert len(http.get('/admin/models').json()['data']) == 1
 
 
+@pytest.mark.slow
 def test_of_two_that_are_asked_for_at_once_one_fits(http, root, monkeypatch):
   manifest = manifest_lib.read(root / 'good')
   need = memory.plan(manifest, life_two.ENGINE).total
@@ -200,6 +201,7 @@ def test_damaged_weights_are_a_state_and_not_a_crash(http):
   servers.until(lambda: http.get(f'/admin/models/{version}').status_code == 404)
 
 
+@pytest.mark.slow
 def test_a_new_name_answers_when_it_is_ready_and_can_be_taken_away(http):
   answer = _load(http, 'good', 'org/new')
   version = answer.json()['id']

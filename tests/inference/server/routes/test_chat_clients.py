@@ -114,6 +114,7 @@ metric_list:
 """
 
 
+@pytest.mark.slow
 def test_lm_eval_scores_as_in_process(generator, tmp_path, monkeypatch):
   lm_eval = pytest.importorskip('lm_eval')
   import datasets

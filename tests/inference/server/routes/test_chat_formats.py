@@ -60,6 +60,7 @@ def test_special_tokens_are_markers_and_their_strings_are_text(mistral):
   assert len(choice['logprobs']['content']) == 4
 
 
+@pytest.mark.slow
 def test_calls_that_nobody_asked_for_are_text_with_their_markers(mistral):
   choice = _asked(mistral, 'call', tools=None, logprobs=True)
   assert choice['message']['content'] == ''.join(_SCRIPTS['call'])

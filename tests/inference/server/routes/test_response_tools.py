@@ -94,6 +94,7 @@ def test_a_call_its_output_and_the_answer(client):
   assert [item.type for item in listed] == ['function_call_output']
 
 
+@pytest.mark.slow
 def test_a_stream_has_the_events_of_reasoning_and_of_the_call(client, http):
   with client.responses.stream(**_ASKED) as stream:
     events = list(stream)

@@ -39,6 +39,7 @@ def _ask(url, **fields):
   return answer
 
 
+@pytest.mark.slow
 def test_sound_answers_are_scored_again_and_raise_no_alarm(generator, caplog):
   with servers.running(generator, audit_share=1.0) as served:
     for fields in ({}, {'n': 2}, {'logprobs': 3}, {'stream': True}):

@@ -58,6 +58,7 @@ def test_a_version_is_loaded_beside_weighed_pinned_and_unloaded(versions):
   assert _text(versions.complete()) == old
 
 
+@pytest.mark.slow
 def test_models_lists_all_versions_with_their_lineage(versions):
   (alone,) = versions.http.get('/v1/models').json()['data']
   assert (alone['id'], alone['version']) == (_MODEL, versions.first)
@@ -249,6 +250,7 @@ def test_a_copy_without_a_place_is_dropped(versions, monkeypatch):
   servers.until(lambda: not model.num_held)
 
 
+@pytest.mark.slow
 def test_a_version_that_fails_hands_its_share_to_the_others(
   versions, monkeypatch
 ):

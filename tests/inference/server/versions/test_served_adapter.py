@@ -109,6 +109,7 @@ def test_each_adapter_is_a_model_that_answers(versions, adaptable, root):
     assert np.abs(found[name] - found[servers.MODEL]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_models_name_the_base_and_the_lineage_of_an_adapter(versions, root):
   version = versions.load('one', 'sql')
   cards = versions.http.get('/v1/models').json()['data']

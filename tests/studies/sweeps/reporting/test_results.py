@@ -107,6 +107,7 @@ def test_a_mean_has_students_interval():
   assert results_lib.half_width([1.0]) is None
 
 
+@pytest.mark.slow
 def test_files_have_every_trial(tmp_path):
   pytest.importorskip('optuna')
   sweep = untrained_sweeps.sweep(num_trials=6)
