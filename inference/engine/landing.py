@@ -67,8 +67,8 @@ class Answers:
     """
     self.charge_memory(now)
     num_decodes, _ = flight.shape
-    # After the last answer the host may turn to other work before it reads the
-    # dispatch that is left: the time of that says nothing.
+    # After the last answer one dispatch may be left, which the host reads when
+    # the next request comes. It is not timed.
     is_timed = any(span.sequence in self.live for span in flight.step.spans)
     updates, num_decoded, num_prefilled = [], 0, 0
     for place, span in inputs_lib.placed_spans(flight.step, num_decodes):

@@ -11,8 +11,8 @@ number of tokens is here a price per compiled shape, in which padding costs as
 much as a token: so a chosen shape takes all tokens that fit.
 
 While no request waits for a place, an answer that ends sooner makes room for
-none: the others were slower for it, and the last one ends later. So the rates
-of the sequences count by their geometric mean then (proportional fairness,
+none. The others are slower for it, and the last one ends later. So the rates of
+the sequences then count by their geometric mean (proportional fairness,
 Kelly et al., doi:10.1057/palgrave.jors.2600523), and by their sum in a queue.
 
 Beside prompt chunks the work that is due counts: prompts, and after them decode
@@ -44,8 +44,8 @@ _KEPT = 0.9
 _PRIOR, _PRIOR_TOKENS = 0.7, 2.0
 # Upper bound of the acceptance: the formula has no value at 1.
 _MOST_ACCEPTANCE = 0.98
-# A gain that is less is left: the acceptance and the times are estimates, of
-# which the best one is more often too good than too bad.
+# Smaller gains are not taken. Acceptance and times are estimates, and the best
+# of several estimates is more often too good than too bad.
 _LEAST_GAIN = 1.03
 # After this many choices against drafts, a draft is verified anyway: step times
 # and texts change.

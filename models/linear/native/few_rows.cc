@@ -48,8 +48,8 @@ void AddAcross(const Product<Weight>& p, int64_t input, int64_t begin,
     for (int n = 0; n < N; ++n) {
       w[n] = LoadFloats(weights + n * outputs + column);
       // The same columns of inputs to come: a part is too narrow for the
-      // processor to foresee them. Into the second cache: the first one is
-      // smaller than all that comes before their turn.
+      // processor to foresee them. They go to the second cache: the first one
+      // is smaller than all lines that are fetched before one of them is used.
       __builtin_prefetch(weights + (n + 2 * N) * outputs + column, 0, 2);
     }
 #pragma GCC unroll 8

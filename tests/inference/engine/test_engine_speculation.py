@@ -14,7 +14,7 @@ from inference.engine import engine_config
 from inference.engine.compiled import keys
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
-from inference.speculation import ngrams
+from inference.speculation import choice as choice_lib, ngrams
 from tests.helpers.serving import guesses, reference_engine
 from tests.inference.engine import test_engine_matrix, test_engine_sampling
 
@@ -167,6 +167,27 @@ def test_a_pause_behind_an_answer_is_no_time_of_a_step():
   list(engine.step())
   assert engine._flight is None
   assert before == (accounts._step_seconds, measured._found)
+
+
+def test_the_choice_knows_whether_requests_wait_for_a_place(monkeypatch):
+  engine = _engine(ngrams.Ngrams())
+  choice, found = engine._speculator._choice, []
+
+  def choose(drafts, shapes, rows, *, is_queue):
+    found.append((is_queue, engine.manager.num_waiting > 0))
+    return choice_lib.Chosen({}, 1.0)
+
+  monkeypatch.setattr(choice, 'choose', choose)
+  most = engine.config.max_sequences
+  repeated = tuple(range(40, 44)) * 3
+  settings = _Settings(max_tokens=4, seed=1, ignore_eos=True)
+  asked = requests.Request(
+    prompt_ids=repeated,
+    settings=dataclasses.replace(settings, logit_bias=((40, 90.0),)),
+  )
+  reference_engine.serve(engine, [asked] * (2 * most))
+  assert all(told == waits for told, waits in found)
+  assert {told for told, _ in found} == {False, True}
 
 
 @pytest.mark.parametrize('num', [1, 3])
