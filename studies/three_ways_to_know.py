@@ -343,20 +343,33 @@ def table(seeds: Sequence[Mapping[str, Known]]) -> str:
     questions = crossing(ways[0], base[0])
     since = f'{questions:,.0f} questions' if name != 'context' else ''
     lines.append(
-      f'| {name} | {_shown([100 * way.new for way in ways])} |'
-      f' {_shown([100 * way.old for way in ways])} |'
+      f'| {name} | {_shown([way.new for way in ways])} |'
+      f' {_shown([way.old for way in ways])} |'
       f' {ways[0].at_once:.2g} | {ways[0].per_question:.3g} | {since} |'
       f' {weights}, {ways[0].digest[:8]} |'
     )
   return '\n'.join(lines)
 
 
-def _shown(values: list[float]) -> str:
+def _percent(shares: Sequence[float]) -> list[float]:
+  """Returns the mean in percent and its interval; [mean] of a single seed."""
+  values = [100 * share for share in shares]
   if len(values) == 1:
-    return f'{values[0]:.1f}'
+    return values
   found = verdicts.finding(values)
-  low, high = max(found.low, 0), min(found.high, 100)
-  return f'{found.value:.1f} [{low:.1f}, {high:.1f}]'
+  return [found.value, max(found.low, 0.0), min(found.high, 100.0)]
+
+
+def _shown(shares: Sequence[float]) -> str:
+  mean, *interval = _percent(shares)
+  if not interval:
+    return f'{mean:.1f}'
+  return f'{mean:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]'
+
+
+def _colour(name: str) -> str:
+  """Returns the colour of a way, the same in both panels."""
+  return f'C{WAYS.index(name)}'
 
 
 def panels(seeds: Sequence[Mapping[str, Known]]) -> list[figure.Panel]:
@@ -366,16 +379,27 @@ def panels(seeds: Sequence[Mapping[str, Known]]) -> list[figure.Panel]:
     name: figure.Line(
       x=questions.tolist(),
       y=(ways.at_once + questions * ways.per_question).tolist(),
+      colour=_colour(name),
     )
     for name, ways in seeds[0].items()
     if 'once' not in name  # they cost as much as the paraphrased
   }
   kept = {}
   for name in WAYS:
-    new = [100 * ways[name].new for ways in seeds]
-    old = [100 * ways[name].old for ways in seeds]
+    new = _percent([ways[name].new for ways in seeds])
+    old = _percent([ways[name].old for ways in seeds])
+    colour = _colour(name)
     kept[name] = figure.Line(
-      x=[statistics.mean(old)], y=[statistics.mean(new)], style='o', width=2.0
+      x=old[:1], y=new[:1], style='o', width=2.0, colour=colour
+    )
+    if len(seeds) == 1:
+      continue
+    # The intervals; a name that begins with '_' is not in the legend.
+    kept[f'_new, {name}'] = figure.Line(
+      x=[old[0], old[0]], y=new[1:], colour=colour
+    )
+    kept[f'_old, {name}'] = figure.Line(
+      x=old[1:], y=[new[0], new[0]], colour=colour
     )
   return [
     figure.Panel(
